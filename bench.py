@@ -89,7 +89,7 @@ def our_rollout(policy: Policy, envs: list[Env], tasks: list[Task], config: Trai
 
 def measure_rollout(bench: BenchConfig, config: TrainConfig, policy: Policy) -> dict:
     """Sampled tokens a second of both loops, and the share of ours that is spent in bare model forwards."""
-    envs = make_envs(config.env, config.env_args, bench.environments)
+    envs = make_envs(config.env, config.settings, bench.environments)
     tasks = [Task(config.env, "train", seed) for seed in range(bench.environments)]
     ours, theirs, shares = [], [], []
     forward, in_forward = policy.model.forward, [0.0]
@@ -122,7 +122,7 @@ def measure_rollout(bench: BenchConfig, config: TrainConfig, policy: Policy) -> 
 
 def measure_empg(bench: BenchConfig, config: TrainConfig, policy: Policy, learner: Learner) -> dict:
     """What EMPG adds to an iteration: advantages, step entropy, modulation and spreading, over sampling plus update."""
-    envs = make_envs(config.env, config.env_args, bench.environments)
+    envs = make_envs(config.env, config.settings, bench.environments)
     number = config.tasks_per_iteration * config.group_size
     tasks = [Task(config.env, "train", seed // config.group_size) for seed in range(number)]
     sample, modulation, learn = [], [], []
@@ -227,7 +227,7 @@ def main() -> None:
     if bench.only != "memory":
         accelerator = Accelerator()
         torch.set_num_threads(os.cpu_count())
-        policy, learner, _ = prepare(config, accelerator, make_envs(config.env, config.env_args, 1)[0])
+        policy, learner, _ = prepare(config, accelerator, make_envs(config.env, config.settings, 1)[0])
         if bench.only in ("all", "rollout"):
             result |= measure_rollout(bench, config, policy)
         if bench.only in ("all", "empg"):

@@ -7,7 +7,7 @@ from typing import Literal, TypeVar
 
 from transformers import HfArgumentParser
 
-from envs import ENVIRONMENTS, make_envs, require_split
+from envs import ENVIRONMENTS, held_out_splits, make_envs, require_split
 
 Config = TypeVar("Config")
 
@@ -19,7 +19,7 @@ def parse_config(config_class: type[Config], argv: Sequence[str] | None = None) 
     )
     try:
         config, unknown = parser.parse_args_into_dataclasses(argv, return_remaining_strings=True)
-    except ValueError as error:
+    except (ValueError, ImportError) as error:
         parser.error(str(error))
     if unknown:
         parser.error(f"unknown arguments: {' '.join(unknown)}")
@@ -27,12 +27,39 @@ def parse_config(config_class: type[Config], argv: Sequence[str] | None = None) 
 
 
 @dataclass(frozen=True)
-class TrainConfig:
-    """Train a ReAct agent with GRPO or DAPO, optionally modulated by EMPG."""
+class WorldConfig:
+    """Which world, and where it has its tasks from: the flags that train.py and eval.py share."""
 
-    # the task
     env: str = field(default="house", metadata={"help": f"one of {', '.join(ENVIRONMENTS)}"})
     env_args: list[str] = field(default_factory=list, metadata={"help": "settings of the environment, name=value"})
+    data: str = field(default="", metadata={"help": "folder of the games (alfworld) or of the product files (webshop)"})
+    webshop_root: str = field(default="", metadata={"help": "webshop: a checkout of WebShop to drive"})
+    retriever: str = field(
+        default="", metadata={"help": "search: http://HOST:PORT of a server in Search-R1's protocol"}
+    )
+    questions: str = field(default="", metadata={"help": "search: json, jsonl or parquet file, or a hub id"})
+    corpus: str = field(default="", metadata={"help": "search: jsonl file of the passages to search"})
+
+    @property
+    def settings(self) -> list[str]:
+        """env_args, and each source that was given, as make_envs takes them."""
+        sources = ("data", "webshop_root", "retriever", "questions", "corpus")
+        return [*self.env_args, *(f"{name}={getattr(self, name)}" for name in sources if getattr(self, name))]
+
+    def require_tasks(self, splits: Sequence[str]) -> None:
+        """Raises ValueError unless the world can be made and has tasks in each of the splits."""
+        for split in splits:
+            require_split(self.env, split)
+        (env,) = make_envs(self.env, self.settings, 1)
+        for split in splits:
+            if env.size(split) == 0:
+                raise ValueError(f"{self.env} has no tasks in split {split!r}")
+
+
+@dataclass(frozen=True)
+class TrainConfig(WorldConfig):
+    """Train a ReAct agent with GRPO or DAPO, optionally modulated by EMPG."""
+
     policy: str = field(
         default="tiny", metadata={"help": "folder or hub id of a causal LM; tiny: built and warm-started"}
     )
@@ -85,7 +112,7 @@ class TrainConfig:
     slip: float = field(default=0.4, metadata={"help": "share of the careless player's steps that are whims"})
     cache: str = field(default="out/warm_starts", metadata={"help": "folder where warm starts are kept"})
     # evaluation and records
-    eval_split: str = field(default="eval", metadata={"help": "split of the held-out tasks"})
+    eval_split: str = field(default="", metadata={"help": "split of the held-out tasks; default: the first of them"})
     eval_tasks: int = field(default=256, metadata={"help": "held-out tasks, the first of the split"})
     eval_every: int = field(default=20, metadata={"help": "iterations between evaluations"})
     checkpoint_every: int = field(default=20, metadata={"help": "iterations between checkpoints"})
@@ -94,8 +121,7 @@ class TrainConfig:
     )
 
     def __post_init__(self):
-        make_envs(self.env, self.env_args, 1)
-        require_split(self.env, self.eval_split)
+        self.require_tasks(["train", self.held_out])
         if self.group_size < 2:
             raise ValueError(f"group_size must be at least 2 for a group baseline, got {self.group_size}")
         counts = (
@@ -124,6 +150,11 @@ class TrainConfig:
             raise ValueError(f"mini_batches {self.mini_batches} are more than there are episodes in an iteration")
 
     @property
+    def held_out(self) -> str:
+        """The split of the evaluations."""
+        return self.eval_split or held_out_splits(self.env)[0]
+
+    @property
     def loss_settings(self) -> dict:
         """Keyword arguments of policy_loss: what tells DAPO's loss from GRPO's."""
         dapo = self.algorithm == "dapo"
@@ -133,15 +164,15 @@ class TrainConfig:
 
 
 @dataclass(frozen=True)
-class EvalConfig:
+class EvalConfig(WorldConfig):
     """Evaluate one player, or compare two on the same tasks."""
 
     policy: str = field(default="oracle", metadata={"help": "checkpoint folder, hub id, oracle or random"})
     compare: list[str] = field(default_factory=list, metadata={"help": "two players A B, paired; replaces --policy"})
-    env: str = field(default="house", metadata={"help": f"one of {', '.join(ENVIRONMENTS)}"})
-    env_args: list[str] = field(default_factory=list, metadata={"help": "settings of the environment, name=value"})
-    split: str = field(default="eval", metadata={"help": "split of the environment's tasks"})
-    tasks: int = field(default=256, metadata={"help": "tasks, the first of the split; at most all that there are"})
+    split: list[str] = field(
+        default_factory=list, metadata={"help": "splits of the environment's tasks; default: all held-out ones"}
+    )
+    tasks: int = field(default=256, metadata={"help": "tasks of each split, the first; at most all that there are"})
     batch_size: int = field(default=64, metadata={"help": "environments that are played at once"})
     temperature: float = field(default=1.0, metadata={"help": "of sampling; 0 is greedy"})
     max_step_tokens: int = field(default=64, metadata={"help": "tokens of one response"})
@@ -151,8 +182,7 @@ class EvalConfig:
     episodes: str = field(default="", metadata={"help": "file for the episodes as JSON lines"})
 
     def __post_init__(self):
-        require_split(self.env, self.split)
-        make_envs(self.env, self.env_args, 1)
+        self.require_tasks(self.split)
         if self.compare and len(self.compare) != 2:
             raise ValueError(f"compare takes two players, got {len(self.compare)}")
         for name in ("tasks", "batch_size", "max_step_tokens", "max_tokens"):

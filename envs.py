@@ -10,8 +10,11 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, fields
 from typing import Any, Protocol
 
-from house import SPLITS as HOUSE_SPLITS
-from house import House, HouseConfig
+import alfworld_env
+import house
+import search
+import shop
+import webshop
 
 
 class Env(Protocol):
@@ -41,10 +44,15 @@ class World:
 
     make: Callable[[Any], Env]  # from a config
     config: type  # a frozen dataclass of ints, strs and tuples of strs
-    splits: tuple[str, ...]
+    splits: tuple[str, ...]  # the one to train on, then the held-out ones
 
 
-ENVIRONMENTS = {"house": World(House, HouseConfig, HOUSE_SPLITS)}
+ENVIRONMENTS = {
+    "house": World(house.House, house.HouseConfig, house.SPLITS),
+    "alfworld": World(alfworld_env.AlfWorld, alfworld_env.AlfWorldConfig, alfworld_env.SPLITS),
+    "webshop": World(webshop.make_webshop, shop.ShopConfig, shop.SPLITS),
+    "search": World(search.Search, search.SearchConfig, search.SPLITS),
+}
 
 
 def make_envs(name: str, args: Sequence[str], number: int) -> list[Env]:
@@ -70,6 +78,11 @@ def require_split(name: str, split: str) -> None:
     """Raises ValueError for an unknown environment or split."""
     if split not in _world(name).splits:
         raise ValueError(f"{name} has no split {split!r}; it has {', '.join(_world(name).splits)}")
+
+
+def held_out_splits(name: str) -> tuple[str, ...]:
+    """The splits that are not for training. Raises ValueError for an unknown environment."""
+    return _world(name).splits[1:]
 
 
 def _world(name: str) -> World:

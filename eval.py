@@ -2,6 +2,7 @@
 
     python eval.py --policy out/house/checkpoint-000100
     python eval.py --policy oracle --env house --split eval
+    python eval.py --policy random --env search
     python eval.py --compare out/house/warm_start out/house/checkpoint-000100
 
 A player is a checkpoint folder, a hub id, or one of the scripted players `oracle` and `random`.
@@ -17,12 +18,12 @@ import transformers
 from scipy import stats
 
 from config import EvalConfig, parse_config
-from envs import PLAYERS, Env, make_envs
+from envs import PLAYERS, Env, held_out_splits, make_envs
 from episode import Episode, Task, save_episodes
 from policy import Policy, load_policy
 from rollout import play, rollout
 
-# ----------------------------------------------------------------------------------------------------- measuring
+# ------------------------------------------------------------------------------------------------------- measuring
 
 
 def first_tasks(env: Env, name: str, split: str, number: int) -> list[Task]:
@@ -49,7 +50,11 @@ def wilson_interval(successes: int, number: int) -> tuple[float, float]:
 
 
 def summarize(episodes: list[Episode]) -> dict:
-    """Success (share) with its interval, mean steps and share of invalid actions; the same again per task type."""
+    """Success (share) with its interval, mean steps and share of invalid actions; the same again per task type.
+
+    "errors" counts the episodes that an environment broke off.  "score" (100 x mean of WebShop's reward) and "f1" (of
+    the answers, 0 to 1) are there where the environment reports them.
+    """
     by_type: dict[str, list[Episode]] = {}
     for episode in episodes:
         by_type.setdefault(episode.info["task_type"], []).append(episode)
@@ -60,14 +65,33 @@ def summarize(episodes: list[Episode]) -> dict:
 def _summary(episodes: list[Episode]) -> dict:
     successes, steps = sum(e.success for e in episodes), [step for e in episodes for step in e.steps]
     low, high = wilson_interval(successes, len(episodes))
+    number = max(1, len(episodes))
+    scales = {"score": 100, "f1": 1}
+    reported = {name: scale for name, scale in scales.items() if episodes and all(name in e.info for e in episodes)}
     return {
         "episodes": len(episodes),
-        "success": successes / max(1, len(episodes)),
+        "success": successes / number,
         "success_low": low,
         "success_high": high,
-        "steps": len(steps) / max(1, len(episodes)),
+        "steps": len(steps) / number,
         "invalid": sum(not step.valid for step in steps) / max(1, len(steps)),
-    }
+        "errors": sum("error" in e.info for e in episodes),
+    } | {name: scale * sum(e.info[name] for e in episodes) / number for name, scale in reported.items()}
+
+
+def columns(episodes: list[Episode]) -> dict[str, list[Episode]]:
+    """The episodes of each split and, if there are several, of all; as in the paper's Table 2 where some splits are out
+    of distribution ("ood_..."): the one that is not is called ID, those that are come together again as OOD."""
+    by_split: dict[str, list[Episode]] = {}
+    for episode in episodes:
+        by_split.setdefault(episode.task.split, []).append(episode)
+    if len(by_split) == 1:
+        return by_split
+    outside = [episode for episode in episodes if episode.task.split.startswith("ood")]
+    if outside:
+        by_split = {split if split.startswith("ood") else "ID": part for split, part in by_split.items()}
+        by_split["OOD"] = outside
+    return by_split | {"overall": episodes}
 
 
 def compare(a: list[Episode], b: list[Episode]) -> dict:
@@ -88,26 +112,37 @@ def compare(a: list[Episode], b: list[Episode]) -> dict:
 # ---------------------------------------------------------------------------------------------------------- output
 
 
-def table(columns: dict[str, dict]) -> str:
-    """Summaries side by side as text, one block of columns for each name, a row for each task type and one for all."""
-    head = f"{'':34}" + "".join(f"| {name[-36:]:^36} " for name in columns)
-    units = f"{'task type':34}" + "".join(
-        f"| {'success %':>9} {'95 % interval':>15} {'steps':>5} {'n':>4} " for _ in columns
-    )
-    types = sorted({name for summary in columns.values() for name in summary["task_types"]})
-    rows = [(name, [summary["task_types"].get(name) for summary in columns.values()]) for name in types]
-    rows.append(("all", list(columns.values())))
-    lines = [head, units, "-" * len(units)]
-    lines += [f"{name:34}" + "".join(f"| {_cell(summary)} " for summary in summaries) for name, summaries in rows]
-    invalid = ", ".join(f"{name} {100 * summary['invalid']:.1f} %" for name, summary in columns.items())
-    return "\n".join([*lines, f"invalid actions: {invalid}"])
+# What stands below the task types, where it was measured: key of a summary -> name, factor, decimals.
+MEASURES = {
+    "score": ("score", 1, 1),
+    "f1": ("F1, %", 100, 1),
+    "steps": ("steps", 1, 1),
+    "invalid": ("invalid actions, %", 100, 1),
+    "errors": ("errors", 1, 0),
+}
+
+
+def table(summaries: dict[str, dict]) -> str:
+    """Summaries side by side as text: a column for each name, a row for each task type, for all, for each measure."""
+    types = sorted({name for summary in summaries.values() for name in summary["task_types"]})
+    rows = {name: [_cell(summary["task_types"].get(name)) for summary in summaries.values()] for name in types}
+    rows["all"] = [_cell(summary) for summary in summaries.values()]
+    for key, (name, factor, decimals) in MEASURES.items():
+        values = [summary.get(key) for summary in summaries.values()]
+        if any(value is not None for value in values):
+            rows[name] = ["" if value is None else f"{factor * value:5.{decimals}f}" for value in values]
+    width = max(map(len, ["task type", *rows]))
+    line = lambda name, cells: " | ".join([f"{name:{width}}", *(f"{cell:24}" for cell in cells)]).rstrip()  # noqa: E731
+    head = line("", [f"{name[-24:]:^24}" for name in summaries])
+    units = line("task type", ["success %, 95 %        n"] * len(summaries))
+    return "\n".join([head, units, "-" * len(units), *(line(name, cells) for name, cells in rows.items())])
 
 
 def _cell(summary: dict | None) -> str:
     if summary is None:
-        return " " * 36
+        return ""
     interval = f"[{100 * summary['success_low']:.1f}, {100 * summary['success_high']:.1f}]"
-    return f"{100 * summary['success']:9.1f} {interval:>15} {summary['steps']:5.1f} {summary['episodes']:4d}"
+    return f"{100 * summary['success']:5.1f} {interval:>13} {summary['episodes']:4d}"
 
 
 def open_player(name: str) -> str | Policy:
@@ -128,24 +163,47 @@ def main() -> None:
     transformers.utils.logging.disable_progress_bar()
     names = config.compare or [config.policy]
     players = [open_player(name) for name in names]
-    envs = make_envs(config.env, config.env_args, config.batch_size)
-    tasks = first_tasks(envs[0], config.env, config.split, config.tasks)
-    episodes = [play_tasks(player, envs, tasks, config) for player in players]
-    result = {name: summarize(played) for name, played in zip(names, episodes, strict=True)}
-    print(f"{config.env}, split {config.split}, {len(tasks)} tasks, temperature {config.temperature}\n")
-    print(table(result))
+    envs = make_envs(config.env, config.settings, config.batch_size)
+    try:
+        splits = config.split or [split for split in held_out_splits(config.env) if envs[0].size(split) != 0]
+        tasks = [task for split in splits for task in first_tasks(envs[0], config.env, split, config.tasks)]
+    except ValueError as error:  # a split without data
+        raise SystemExit(str(error)) from error
+    played = {name: play_tasks(player, envs, tasks, config) for name, player in zip(names, players, strict=True)}
+    print(f"{config.env}, {len(tasks)} tasks of {', '.join(splits)}, temperature {config.temperature}")
+    result = report(played)
     if config.compare:
-        result["paired"] = pair = compare(*episodes)
-        print(
-            f"\n{names[1]} minus {names[0]}: {100 * pair['difference']:+.1f} points, "
-            f"95 % [{100 * pair['low']:+.1f}, {100 * pair['high']:+.1f}], "
-            f"{pair['gained']} tasks gained, {pair['lost']} lost, McNemar p = {pair['p']:.2g}"
-        )
+        result["paired"] = report_pair(*played.items())
     if config.episodes:
-        save_episodes(Path(config.episodes), [episode for played in episodes for episode in played])
+        save_episodes(Path(config.episodes), [episode for episodes in played.values() for episode in episodes])
     if config.json:
         Path(config.json).write_text(json.dumps(result, indent=1) + "\n")
     print(json.dumps(result))
+
+
+def report(played: dict[str, list[Episode]]) -> dict:
+    """Print each player's table and return the summaries by player, "splits" within them if there are several."""
+    result = {name: summarize(episodes) for name, episodes in played.items()}
+    parts = {name: {split: summarize(part) for split, part in columns(e).items()} for name, e in played.items()}
+    if all(len(part) == 1 for part in parts.values()):
+        print(f"\n{table(result)}")
+        return result
+    for name, part in parts.items():
+        print(f"\n{name}\n{table(part)}")
+        result[name]["splits"] = part
+    return result
+
+
+def report_pair(first: tuple[str, list[Episode]], second: tuple[str, list[Episode]]) -> dict:
+    """Print and return how two (name, episodes) compare, over all tasks and, if there are several, in each split."""
+    parts = zip(*(columns(episodes).values() for _, episodes in (first, second)), strict=True)
+    pairs = {split: compare(a, b) for split, (a, b) in zip(columns(first[1]), parts, strict=True)}
+    print(f"\n{second[0]} minus {first[0]}:")
+    for split, pair in pairs.items():
+        difference, low, high = (f"{100 * pair[key]:+.1f}" for key in ("difference", "low", "high"))
+        counts = f"{pair['gained']} tasks gained, {pair['lost']} lost, McNemar p = {pair['p']:.2g}"
+        print(f"{split}: {difference} points, 95 % [{low}, {high}], {counts}")
+    return pairs["overall"] | {"splits": pairs} if len(pairs) > 1 else next(iter(pairs.values()))
 
 
 if __name__ == "__main__":

@@ -167,8 +167,7 @@ def _play(
         for i, response, text in zip(live, responses, texts, strict=True):
             ids, logp, entropy = response
             episodes[i].append_sampled(ids, logp, entropy)
-            thought, action = parse_response(text)
-            _record(episodes[i], envs[i].step(action), thought, action, sum(entropy) / len(ids), len(ids))
+            _step(episodes[i], envs[i], *parse_response(text), sum(entropy) / len(ids), len(ids))
         turns = policy.turn([episodes[i].steps[-1].observation for i in live])
         for row, (i, turn) in enumerate(zip(live, turns, strict=True)):
             episode, (ids, _, _) = episodes[i], responses[row]
@@ -180,9 +179,16 @@ def _play(
             pending[row] = [ids[-1], *inserted]
 
 
-def _record(episode: Episode, answer: tuple, thought: str, action: str, entropy: float = 0.0, tokens: int = 0) -> None:
-    """Append the step that brought the environment's answer; its tokens are the episode's last ones."""
-    observation, reward, episode.terminated, episode.truncated, episode.info = answer
+def _step(episode: Episode, env: Env, thought: str, action: str, entropy: float = 0.0, tokens: int = 0) -> None:
+    """Do the action and append the step; its tokens are the episode's last ones.
+
+    An environment that raises ends this episode, as truncated and with the error in its info, and no other one.
+    """
+    try:
+        observation, reward, episode.terminated, episode.truncated, episode.info = env.step(action)
+    except Exception as error:  # engines and servers raise what they like; an answer of theirs would not
+        observation, reward, episode.truncated = "", 0.0, True
+        episode.info = episode.info | {"valid": False, "error": f"{type(error).__name__}: {error}"}
     end = len(episode.ids)
     episode.steps.append(Step(thought, action, observation, episode.info["valid"], end - tokens, end, entropy))
     episode.reward += reward
@@ -200,7 +206,7 @@ def play(env: Env, tasks: list[Task], player: Player, seed: int, desc: str = "pl
         episode = Episode(task, prompt, info=info)
         while not episode.done:
             thought, action = player(env, [step.action for step in episode.steps], rng)
-            _record(episode, env.step(action), thought, action)
+            _step(episode, env, thought, action)
         episodes.append(episode)
     return episodes
 

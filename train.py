@@ -62,7 +62,7 @@ def train(config: TrainConfig) -> None:
     accelerator = Accelerator(log_with=None if config.report_to == "none" else config.report_to)
     if accelerator.device.type == "cpu":  # the launcher leaves one thread to a process; share the cores instead
         torch.set_num_threads(max(1, os.cpu_count() // accelerator.num_processes))
-    out, envs = Path(config.out), make_envs(config.env, config.env_args, config.batch_size)
+    out, envs = Path(config.out), make_envs(config.env, config.settings, config.batch_size)
     policy, learner, state = prepare(config, accelerator, envs[0])
     record = Record(out, accelerator, config, state["iteration"])
     stop = StopRequest()
@@ -298,6 +298,7 @@ def episode_metrics(config: TrainConfig, episodes: list[Episode], batch: Batch) 
         "episode/tokens": float(batch.length.float().mean()),
         "episode/invalid_frac": sum(not step.valid for step in steps) / max(1, len(steps)),
         "episode/truncated_frac": sum(episode.truncated for episode in episodes) / len(episodes),
+        "episode/errors": sum("error" in episode.info for episode in episodes),
     }
 
 
@@ -329,7 +330,7 @@ def update_metrics(config: TrainConfig, sums: dict[str, float]) -> dict:
 
 def evaluate(config: TrainConfig, accelerator: Accelerator, policy: Policy, envs: list[Env]) -> list[Episode]:
     """One episode of every held-out task; every rank plays its share and gets all."""
-    tasks = first_tasks(envs[0], config.env, config.eval_split, config.eval_tasks)
+    tasks = first_tasks(envs[0], config.env, config.held_out, config.eval_tasks)
     mine = tasks[accelerator.process_index :: accelerator.num_processes]
     episodes = rollout(
         policy,

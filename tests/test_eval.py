@@ -5,6 +5,7 @@ import math
 import os
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 from statistics import NormalDist
 
@@ -13,7 +14,7 @@ import pytest
 import eval as evaluation
 from envs import make_envs
 from episode import Episode, Step, Task, load_episodes
-from eval import compare, first_tasks, summarize, table, wilson_interval
+from eval import columns, compare, first_tasks, summarize, table, wilson_interval
 
 ROOT = Path(__file__).parent.parent
 
@@ -88,10 +89,10 @@ def test_summarize_by_hand():
     ]
     summary = summarize(episodes)
     types = summary.pop("task_types")
-    names = ("episodes", "success", "success_low", "success_high", "steps", "invalid")
-    assert summary == pytest.approx(dict(zip(names, (3, 2 / 3, *wilson_interval(2, 3), 2, 1 / 6), strict=True)))
-    assert types["a"] == pytest.approx(dict(zip(names, (2, 1 / 2, *wilson_interval(1, 2), 2, 1 / 4), strict=True)))
-    assert types["b"] == pytest.approx(dict(zip(names, (1, 1, *wilson_interval(1, 1), 2, 0), strict=True)))
+    names = ("episodes", "success", "success_low", "success_high", "steps", "invalid", "errors")
+    assert summary == pytest.approx(dict(zip(names, (3, 2 / 3, *wilson_interval(2, 3), 2, 1 / 6, 0), strict=True)))
+    assert types["a"] == pytest.approx(dict(zip(names, (2, 1 / 2, *wilson_interval(1, 2), 2, 1 / 4, 0), strict=True)))
+    assert types["b"] == pytest.approx(dict(zip(names, (1, 1, *wilson_interval(1, 1), 2, 0, 0), strict=True)))
     assert list(types) == ["a", "b"]
 
 
@@ -100,6 +101,31 @@ def test_summarize_takes_episodes_without_steps_and_no_episodes():
     nothing = summarize([])
     assert (nothing["episodes"], nothing["success"], nothing["steps"], nothing["task_types"]) == (0, 0, 0, {})
     assert (nothing["success_low"], nothing["success_high"]) == (0, 1)
+
+
+def reporting(split: str, success: bool, seed: int = 0, **info) -> Episode:
+    """An episode of a split whose environment reports more than success."""
+    episode = made_up(success, [True], seed=seed)
+    return replace(episode, task=Task("toy", split, seed), info=episode.info | info)
+
+
+def test_score_f1_and_errors_are_summed_up_where_they_are_reported():
+    # Scores 1 and 0.25: 100 x 1.25 / 2. F1 is missing in one episode, so it is not known of all.
+    episodes = [reporting("eval", True, score=1.0, f1=1.0), reporting("eval", False, score=0.25, error="E: gone")]
+    summary = summarize(episodes)
+    assert (summary["score"], summary["errors"]) == (62.5, 1)
+    assert "f1" not in summary
+    f1 = [reporting("eval", True, f1=1.0), reporting("eval", False, f1=0.5)]
+    assert summarize(f1)["f1"] == 0.75
+
+
+def test_columns_are_splits_and_all_and_what_is_out_of_distribution():
+    splits = lambda episodes: {name: len(part) for name, part in columns(episodes).items()}  # noqa: E731
+    some = lambda split, number: [reporting(split, True, seed) for seed in range(number)]  # noqa: E731
+    assert splits(some("eval", 2)) == {"eval": 2}
+    assert splits(some("valid_seen", 2) + some("valid_unseen", 3)) == {"valid_seen": 2, "valid_unseen": 3, "overall": 5}
+    paper = some("eval", 4) + some("ood_comp", 2) + some("ood_hops", 1)
+    assert splits(paper) == {"ID": 4, "ood_comp": 2, "ood_hops": 1, "OOD": 3, "overall": 7}
 
 
 @pytest.mark.parametrize(("size", "number", "expected"), [(5, 3, 3), (5, 5, 5), (5, 99, 5), (None, 99, 99)])
@@ -165,14 +191,22 @@ def test_only_players_of_the_same_tasks_are_compared():
             compare(same, other)
 
 
-def test_table_has_a_row_for_each_task_type_of_any_player():
+def test_table_has_a_row_for_each_task_type_of_any_player_and_for_each_measure():
     first, second = [made_up(True, [True], "a")] * 2, [made_up(False, [False] * 3, "b")]
-    rows = table({"x": summarize(first), "y": summarize(second)}).split("\n")
-    assert [row.split("|")[0].strip() for row in rows[3:6]] == ["a", "b", "all"]
+    rows = [line.split("|") for line in table({"x": summarize(first), "y": summarize(second)}).split("\n")]
+    names = ["", "task type", "a", "b", "all", "steps", "invalid actions, %", "errors"]
+    assert [row[0].strip() for row in rows if len(row) == 3] == names
     # Wilson: 2 of 2 from 2 / (2 + z^2) = 34.2 %; 0 of 1 to z^2 / (1 + z^2) = 79.3 %.
-    assert [cell.split() for cell in rows[3].split("|")[1:]] == [["100.0", "[34.2,", "100.0]", "1.0", "2"], []]
-    assert [cell.split() for cell in rows[4].split("|")[1:]] == [[], ["0.0", "[0.0,", "79.3]", "3.0", "1"]]
-    assert rows[6] == "invalid actions: x 0.0 %, y 100.0 %"
+    cells = {row[0].strip(): [cell.split() for cell in row[1:]] for row in rows}
+    assert cells["a"] == [["100.0", "[34.2,", "100.0]", "2"], []]
+    assert cells["b"] == [[], ["0.0", "[0.0,", "79.3]", "1"]]
+    assert (cells["steps"], cells["invalid actions, %"]) == ([["1.0"], ["3.0"]], [["0.0"], ["100.0"]])
+
+
+def test_table_shows_score_and_f1_where_there_are_some():
+    text = table({"x": summarize([reporting("eval", False, score=0.5, f1=0.25)]), "y": summarize(outcomes([1]))})
+    cells = {line.split("|")[0].strip(): [cell.strip() for cell in line.split("|")[1:]] for line in text.split("\n")}
+    assert (cells["score"], cells["F1, %"]) == (["50.0", ""], ["25.0", ""])
 
 
 # ------------------------------------------------------------------------------------------------------- command line
@@ -203,7 +237,26 @@ def test_two_players_by_the_command_line():
     assert result["oracle"]["success"] == 1.0
     assert pair["high"] < 0
     assert (pair["gained"], pair["lost"]) == (0, round(-20 * pair["difference"]))
-    assert lines[-2].startswith(f"random minus oracle: {100 * pair['difference']:+.1f} points, 95 % [")
+    assert lines[-3] == "random minus oracle:"
+    assert lines[-2].startswith(f"eval: {100 * pair['difference']:+.1f} points, 95 % [")
+
+
+def test_every_held_out_split_is_a_column(main):
+    """As in the paper's Table 2: in distribution, out of it, overall."""
+    argv = ["--env", "search", "--env-args", "entities=120", "syllables=12"]
+    printed = main("--compare", "random", "oracle", "--tasks", "5", *argv).rstrip("\n").split("\n")
+    result = json.loads(printed[-1])
+    columns = ["ID", "ood_comp", "ood_hops", "OOD", "overall"]
+    assert sum(line.replace("|", "").split() == columns for line in printed) == 2  # a table for each player
+    assert {name: part["episodes"] for name, part in result["oracle"]["splits"].items()} == dict(
+        zip(columns, (5, 5, 5, 10, 15), strict=True)
+    )
+    assert result["oracle"]["success"] == result["oracle"]["f1"] == 1
+    assert list(result["paired"]["splits"]) == columns
+    assert result["paired"]["splits"]["ID"]["difference"] > 0
+    one = json.loads(main("--policy", "oracle", "--split", "ood_hops", "--tasks", "5", *argv).split("\n")[-2])
+    assert list(one["oracle"]["task_types"]) == ["3 hops"]
+    assert "splits" not in one["oracle"]
 
 
 def test_a_missing_checkpoint_by_the_command_line(tmp_path):
@@ -237,6 +290,16 @@ def test_a_checkpoint_is_played_the_same_in_batches_of_any_size(main, house_poli
         (["oracle"], "unknown arguments: oracle"),
         (["--env", "boat"], "unknown environment 'boat'; there are house"),
         (["--split", "test"], "house has no split 'test'; it has train, eval"),
+        (["--env", "search", "--split", "eval", "odd"], "search has no split 'odd'; it has train, eval, ood_comp"),
+        (["--retriever", "http://127.0.0.1:9"], "house has no setting 'retriever'; it has receptacles"),
+        (["--env", "search", "--retriever", "localhost"], "a retriever's address is http://HOST:PORT, got 'localhost'"),
+        (["--env", "search", "--corpus", "c.jsonl"], "a corpus without questions"),
+        (["--env", "search", "--questions", "none.json"], "no such file: none.json"),
+        (
+            ["--env", "webshop", "--data", "nowhere"],
+            "nowhere has neither items_shuffle_1000.json nor items_shuffle.json",
+        ),
+        (["--env", "webshop", "--webshop-root", "nowhere"], "nowhere holds no WebShop"),
         (["--env-args", "colour=red"], "house has no setting 'colour'; it has receptacles"),
         (["--env-args", "max_steps=many"], "max_steps must be an integer, got 'many'"),
         (["--env-args", "max_steps=0"], "max_steps must be at least 1, got 0"),

@@ -1,0 +1,304 @@
+"""Write games that the real ALFWorld engine plays, for machines that cannot fetch the published ones.
+
+    python alfworld_games.py --out games --split train --games 200
+    python alfworld_games.py --out games --split valid_unseen --games 100
+
+These are games in ALFWorld's format, not the published benchmark: domain, grammar, goals and the receptacles of the 120
+rooms are what the alfworld package ships, but which objects lie where is drawn at random (the published placements come
+from a simulator), and a large room is thinned out to `receptacles`. Task types take turns. Every game is solved by the
+engine's planner and the solution played before the game is written; a draw that cannot be solved is drawn again.
+
+train and valid_seen share 96 rooms, valid_unseen has 24 others. A game of train is never one of valid_seen, whatever
+the seeds: its own start decides which of the two it belongs to. The same arguments write the same files.
+"""
+
+import functools
+import hashlib
+import json
+import random
+import re
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Literal
+
+from tqdm import tqdm
+
+try:
+    import alfworld.gen
+    from alfworld.gen import constants, goal_library
+    from alfworld.info import ALFRED_PDDL_PATH, ALFRED_TWL2_PATH
+except ImportError as error:
+    raise ImportError(
+        f"ALFWorld's engine is not installed ({error}); run: pip install --no-deps -r requirements-alfworld.txt"
+    ) from error
+
+from alfworld_engine import Engine, EngineError
+from alfworld_env import LAYOUT, SPLITS, TASK_TYPES, TREATMENT
+
+PLANS = Path(alfworld.gen.__path__[0]) / "layouts"
+FIXED = constants.RECEPTACLES - constants.MOVABLE_RECEPTACLES_SET
+HOLDS = {kind: constants.VAL_RECEPTACLE_OBJECTS.get(kind, set()) & constants.OBJECTS_SET for kind in FIXED}
+ABILITIES = constants.VAL_ACTION_OBJECTS  # "Cleanable" -> kinds of objects
+TOOL = {"clean": "SinkBasin", "heat": "Microwave", "cool": "Fridge"}
+STANDS = ("Desk", "SideTable", "Dresser", "CoffeeTable", "DiningTable", "Shelf")  # where a lamp may stand
+EXTRA = {  # receptacles of the published games that the layouts never name
+    "Kitchen": ("StoveBurner", "StoveBurner", "StoveBurner", "StoveBurner", "CoffeeMachine", "GarbageCan"),
+    "LivingRoom": ("DiningTable", "GarbageCan", "SideTable"),
+    "Bedroom": ("GarbageCan", "SideTable"),
+    "Bathroom": ("GarbageCan", "ToiletPaperHanger", "TowelHolder"),
+}
+ATTEMPTS = 1000  # draws for one game; a dozen is much
+
+
+@dataclass(frozen=True)
+class GamesConfig:
+    """What to write. Raises ValueError for a number out of range."""
+
+    out: str = field(metadata={"help": "folder; the games go to OUT/json_2.1.1/SPLIT, which must not exist yet"})
+    split: Literal["train", "valid_seen", "valid_unseen"] = field(default="train", metadata={"help": "which rooms"})
+    games: int = field(default=100, metadata={"help": "number of games; the six task types take turns"})
+    seed: int = field(default=0, metadata={"help": "of the draws"})
+    receptacles: int = field(default=16, metadata={"help": "in a room, at most"})
+    objects: int = field(default=18, metadata={"help": "in a room, at most"})
+
+    def __post_init__(self):
+        if self.split not in SPLITS:
+            raise ValueError(f"split must be one of {', '.join(SPLITS)}, got {self.split!r}")
+        if self.games < 1:
+            raise ValueError(f"games must be at least 1, got {self.games}")
+        if self.receptacles < 5:
+            raise ValueError(f"receptacles must be at least 5 (3 appliances and 2 more), got {self.receptacles}")
+        if self.objects < 4:
+            raise ValueError(f"objects must be at least 4 (3 of the wanted kind and a lamp), got {self.objects}")
+
+
+# -------------------------------------------------------------------------------------------------------- rooms
+
+
+@dataclass(frozen=True)
+class Room:
+    """A floor plan's receptacles, the same in every game, and the kinds of objects that belong there."""
+
+    floor: int
+    scene: str  # Kitchen, LivingRoom, Bedroom or Bathroom
+    location: dict[str, str]  # of each receptacle, by its id in the layouts: "Cabinet|+00.68|+00.50|-02.20"
+    kinds: tuple[str, ...]
+
+    def places_for(self, kind: str) -> list[str]:
+        """The receptacles that may hold a kind of object."""
+        return [receptacle for receptacle in self.location if kind in HOLDS[kind_of(receptacle)]]
+
+
+def kind_of(name: str) -> str:
+    """`Cabinet` for `Cabinet|+00.68|+00.50|-02.20`, `SinkBasin` for `Sink|...|SinkBasin`."""
+    first, *_, last = name.split("|")
+    return last if last.endswith("Basin") else first
+
+
+def named(kind: str, rng: random.Random) -> str:
+    """A new id in the style of the layouts."""
+    return "|".join([kind, *(f"{rng.uniform(-4, 4):+06.2f}" for _ in range(3))])
+
+
+@functools.cache
+def make_room(floor: int, receptacles: int) -> Room:
+    """The room of a floor plan. If it is too large, one receptacle of each kind is kept first, appliances above all."""
+    rng = random.Random(floor)
+    scene = next(scene for scene, floors in constants.SCENE_TYPE.items() if floor in floors)
+    layout = json.loads((PLANS / f"FloorPlan{floor}-openable.json").read_text())
+    poses = {name: pose for name, pose in layout.items() if kind_of(name) in FIXED}
+    present = {kind_of(name) for name in poses}
+    for kind in EXTRA[scene]:
+        if kind not in present:
+            poses[named(kind, rng)] = [rng.randint(-4, 4), rng.randint(-4, 4), 90 * rng.randint(0, 3), 60]
+    names = rng.sample(sorted(poses), len(poses))
+    first = {kind_of(name): name for name in reversed(names)}
+    names.sort(key=lambda name: (first[kind_of(name)] != name, kind_of(name) not in TOOL.values()))
+    location = {}
+    for name in sorted(names[:receptacles]):
+        x, z, turn, tilt = poses[name]  # metres and degrees; the published games count quarters of both
+        location[name] = f"loc|{round(4 * x)}|{round(4 * z)}|{round(turn) // 90}|{round(tilt)}"
+    kinds = json.loads((PLANS / f"FloorPlan{floor}-objects.json").read_text())
+    return Room(floor, scene, location, tuple(sorted((set(kinds) & constants.OBJECTS_SET) - FIXED)))
+
+
+# -------------------------------------------------------------------------------------------------------- games
+
+
+@dataclass(frozen=True)
+class Draw:
+    """A room, a goal, and where the objects lie at the start."""
+
+    room: Room
+    task_type: str
+    kind: str  # of the wanted object
+    home: str  # kind of the receptacle that it goes to; "" for look_at_obj_in_light
+    place: dict[str, str]  # object -> receptacle
+
+    @property
+    def lamp(self) -> str:
+        return "" if self.home else "DeskLamp"
+
+    def digest(self) -> int:
+        """Equal for two draws if they differ in nothing but the numbers of like objects."""
+        start = sorted((receptacle, kind_of(thing)) for thing, receptacle in self.place.items())
+        text = f"{self.room.floor} {sorted(self.room.location)} {self.task_type} {self.kind} {self.home} {start}"
+        return int.from_bytes(hashlib.sha256(text.encode()).digest()[:8], "big")
+
+
+def goals(room: Room, task_type: str) -> list[tuple[str, str]]:
+    """Every (kind of object, kind of home) that a task of this type can name in this room."""
+    verb = TREATMENT.get(task_type)
+    tool = TOOL.get(verb)
+    if room.scene not in constants.GOALS_VALID[task_type] or tool not in {None, *map(kind_of, room.location)}:
+        return []
+    kinds = [kind for kind in room.kinds if verb is None or kind in ABILITIES[f"{verb}able".capitalize()]]
+    homes = {kind: sorted({kind_of(receptacle) for receptacle in room.places_for(kind)}) for kind in kinds}
+    if task_type == "look_at_obj_in_light":
+        return [(kind, "") for kind in kinds if homes[kind] and kind not in ABILITIES["Toggleable"]]
+    # With one home alone, the object would be there from the start; and nobody heats what is wanted in the microwave.
+    return [(kind, home) for kind in kinds if len(homes[kind]) > 1 for home in homes[kind] if home != tool]
+
+
+def draw(rng: random.Random, config: GamesConfig, task_type: str) -> Draw | None:
+    """A game that may or may not have a solution; None if the room that was drawn has no such task."""
+    unseen = config.split == "valid_unseen"
+    floors = constants.TEST_SCENE_NUMBERS if unseen else constants.TRAIN_SCENE_NUMBERS
+    room = make_room(rng.choice(floors), config.receptacles)
+    if not (options := goals(room, task_type)):
+        return None
+    kind, home = rng.choice(options)
+    place = {}
+    start = [receptacle for receptacle in room.places_for(kind) if kind_of(receptacle) != home]
+    for _ in range(1 + (task_type == "pick_two_obj_and_place") + (rng.random() < 0.3)):  # sometimes one to spare
+        place[named(kind, rng)] = rng.choice(start)
+    if not home:
+        stands = [receptacle for receptacle in room.location if kind_of(receptacle) in STANDS]
+        place[named("DeskLamp", rng)] = rng.choice(stands or sorted(room.location))
+    left = constants.MAX_NUM_OF_OBJ_INSTANCES * [
+        other for other in room.kinds if other != kind and room.places_for(other)
+    ]
+    for other in rng.sample(left, max(0, min(len(left), config.objects - len(place)))):
+        place[named(other, rng)] = rng.choice(room.places_for(other))
+    return Draw(room, task_type, kind, home, place)
+
+
+def problem(game: Draw, trial: str) -> str:
+    """The game in PDDL, with the names mangled as in the published files."""
+    location, place = game.room.location, game.place
+    start = "loc|0|0|0|30"
+    receptacle_kinds, object_kinds = (sorted({kind_of(name) for name in names}) for names in (location, place))
+    objects = ["agent1 - agent", *(f"{kind}Type - otype" for kind in object_kinds)]
+    objects += [f"{kind}Type - rtype" for kind in receptacle_kinds]
+    objects += [f"{mangled(name)} - object" for name in place] + [f"{mangled(name)} - receptacle" for name in location]
+    objects += [f"{mangled(spot)} - location" for spot in sorted({start, *location.values()})]
+
+    facts = ["atLocation agent1 " + start]
+    for name, spot in location.items():
+        facts += [f"receptacleType {name} {kind_of(name)}Type", f"receptacleAtLocation {name} {spot}"]
+        facts += [f"openable {name}"] if kind_of(name) in constants.OPENABLE_CLASS_SET else []
+    facts += [f"canContain {r}Type {o}Type" for r in receptacle_kinds for o in object_kinds if o in HOLDS[r]]
+    for name, receptacle in place.items():
+        kind = kind_of(name)
+        facts += [f"objectType {name} {kind}Type", f"inReceptacle {name} {receptacle}"]
+        facts += [f"objectAtLocation {name} {location[receptacle]}"]
+        facts += [f"pickupable {name}"] if kind != game.lamp else []
+        facts += [f"isReceptacleObject {name}"] if kind in constants.MOVABLE_RECEPTACLES_SET else []
+        facts += [f"{ability.lower()} {name}" for ability, kinds in ABILITIES.items() if kind in kinds]
+    goal = goal_library.gdict[game.task_type]["pddl"].format(obj=game.kind, recep=game.home, toggle=game.lamp)
+    facts = "\n".join(f"({mangled(fact)})" for fact in facts)
+    header = f"(define (problem plan_{trial})\n(:domain alfred)\n(:objects\n" + "\n".join(objects)
+    return f"{header}\n)\n(:init\n{facts}\n)\n{goal.replace('#', '-')}"
+
+
+def mangled(text: str) -> str:
+    """PDDL does not allow what the ids are made of."""
+    words = {"-": "_minus_", "+": "_plus_", "|": "_bar_", ".": "_dot_"}
+    return re.sub(r"[-+|.]", lambda character: words[character[0]], text)
+
+
+def solve(engine: Engine, game: dict) -> list[str] | None:
+    """The planner's way to win, once it has been played; None if there is none."""
+    try:
+        engine.start(game)
+        plan = engine.plan()
+    except (ValueError, EngineError):  # the translator's and the planner's answers to a goal that nothing leads to
+        return None
+    return plan if [engine.step(command)[1] for command in plan][-1] else None
+
+
+# ------------------------------------------------------------------------------------------------------ writing
+
+
+def make_game(engine: Engine, config: GamesConfig, number: int, taken: set[int]) -> dict[str, str]:
+    """Game `number`: the text of its files by their path in the split. Its digest joins `taken`.
+
+    Raises ValueError if no draw has a solution.
+    """
+    task_type = TASK_TYPES[number % len(TASK_TYPES)]
+    trial = f"trial_G{config.seed:04d}{number:06d}"
+    for attempt in range(ATTEMPTS):
+        rng = random.Random(f"{config.seed}/{config.split}/{number}/{attempt}")
+        game = draw(rng, config, task_type)
+        if game is None or game.digest() in taken:
+            continue
+        if config.split != "valid_unseen" and (config.split == "valid_seen") != (game.digest() % 4 == 0):
+            continue
+        template = rng.choice(goal_library.gdict[task_type]["templates"])
+        task = template.format(obj=game.kind, recep=game.home, toggle=game.lamp).lower()
+        pddl = problem(game, trial)
+        grammar = Path(ALFRED_TWL2_PATH).read_text().replace("UNKNOWN GOAL", task)
+        played = {"pddl_domain": Path(ALFRED_PDDL_PATH).read_text(), "grammar": grammar, "pddl_problem": pddl}
+        if walkthrough := solve(engine, played):
+            taken.add(game.digest())
+            folder = f"{task_type}-{game.kind}-None-{game.home or game.lamp}-{game.room.floor}/{trial}"
+            return {
+                f"{folder}/traj_data.json": json.dumps(trajectory(game, trial, task, config.seed), indent=1),
+                f"{folder}/initial_state.pddl": pddl,
+                f"{folder}/game.tw-pddl": json.dumps(played | {"solvable": True, "walkthrough": walkthrough}),
+            }
+    raise ValueError(f"no {task_type} found in {ATTEMPTS} draws; try more receptacles or objects")
+
+
+def trajectory(game: Draw, trial: str, task: str, seed: int) -> dict:
+    """What traj_data.json holds: the goal as ALFWorld's loader and its scripted expert read it."""
+    floor, toggle = game.room.floor, game.lamp
+    goal = {"object_target": game.kind, "parent_target": game.home, "toggle_target": toggle, "mrecep_target": ""}
+    return {
+        "task_id": trial,
+        "task_type": game.task_type,
+        "pddl_params": goal | {"object_sliced": False},
+        "scene": {"floor_plan": f"FloorPlan{floor}", "scene_num": floor, "random_seed": seed},
+        "turk_annotations": {"anns": [{"task_desc": task, "high_descs": [], "votes": [1]}]},
+        "generated": True,
+    }
+
+
+def write_games(config: GamesConfig) -> Path:
+    """Write the games of a split, all or none, and return their folder. Raises ValueError if it is there already."""
+    folder = Path(config.out) / LAYOUT / config.split
+    if folder.exists():
+        raise ValueError(f"{folder} is there already; remove it or choose another --out")
+    engine, taken = Engine(), set()
+    numbers = tqdm(range(config.games), desc=f"writing {config.split}", unit="game")
+    games = [make_game(engine, config, number, taken) for number in numbers]
+    for name, text in [file for game in games for file in game.items()]:
+        (folder / name).parent.mkdir(parents=True, exist_ok=True)
+        (folder / name).write_text(text)
+    return folder
+
+
+def main() -> None:
+    from transformers import HfArgumentParser  # takes seconds to import
+
+    parser = HfArgumentParser(GamesConfig, description=__doc__.partition("\n")[0])
+    try:
+        (config,) = parser.parse_args_into_dataclasses()
+        folder = write_games(config)
+    except ValueError as error:
+        parser.error(str(error))
+    print(f"{config.games} games in {folder}; play them with --env alfworld and data={config.out}")
+
+
+if __name__ == "__main__":
+    main()

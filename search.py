@@ -1,0 +1,373 @@
+"""Deep Search: answer a question by searching, reading and searching again, in Search-R1's setting.
+
+The default is the made-up world of `search_world`, searched by BM25; real questions come from a file or the hub
+(`questions`), passages from their contexts, a file (`corpus`) or a server (`retriever`). The reward is 1 if the
+answer matches exactly once both are normalised, and 0 otherwise, once, at the end; F1 stands beside it in the info.
+
+Differences from Search-R1: actions are `search[words]` and `answer[text]`, so that they fit the ReAct form of every
+environment here; every observation ends with the question, so that a very small model need not remember it; passages
+are cut to `passage_chars`. Not covered: MuSiQue's and WebWalker's own file formats, and reading whole web pages.
+
+    python search.py                        # what a faultless episode looks like
+    python search.py --serve --port 8000    # the passages over HTTP, for --retriever http://127.0.0.1:8000
+"""
+
+import hashlib
+import json
+import math
+import re
+import string
+import sys
+import warnings
+from collections import Counter
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass, field
+from functools import lru_cache
+from pathlib import Path
+
+from retrieval import Bm25, HttpRetriever, Passage, Retriever, RetrieverError, load_corpus, read_jsonl, server
+from search_world import SPLITS, SYLLABLES, Question, build_world
+
+NOTHING = "Nothing happens."
+ACTION = re.compile(r"(search|answer)\[(.*)\]", re.IGNORECASE | re.DOTALL)
+NAME = re.compile(r"[A-Z]\w*(?: [A-Z]\w*)*")
+NO_NAMES = {"Who", "What"}  # the made-up world's only other words with a capital
+INSTRUCTIONS = """You answer a question by searching. Every turn, write one thought and one action:
+Thought: what is known, and what to look for next
+Action: search[words] | answer[text]
+A search shows the passages that match best. The first answer counts and must be exact: a name, not a sentence."""
+
+
+def _setting(default: int | str, text: str):
+    return field(default=default, metadata={"help": text})
+
+
+@dataclass(frozen=True)
+class SearchConfig:
+    """What is asked and what is searched. Raises ValueError for what cannot be."""
+
+    max_steps: int = _setting(6, "actions, then the episode is truncated")
+    topk: int = _setting(3, "passages that a search shows, at most")
+    passage_chars: int = _setting(800, "characters of a passage that a search shows, at most")
+    entities: int = _setting(600, "size of the made-up world, in passages; a third never starts a question in training")
+    syllables: int = _setting(30, "that a name of the made-up world may begin with, and as many that it may end with")
+    seed: int = _setting(0, "of the made-up world")
+    questions: str = _setting("", "real ones: a json, jsonl or parquet file, or a hub id as NAME[:CONFIG[:SPLIT]]")
+    corpus: str = _setting("", "passages for them: a jsonl file with id and contents; default: the questions' contexts")
+    retriever: str = _setting("", "http://HOST:PORT of a server to search instead, in Search-R1's protocol")
+    timeout: int = _setting(10, "seconds to wait for one answer of the server, which is asked up to three times")
+
+    def __post_init__(self):
+        for name in ("max_steps", "topk", "timeout"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"{name} must be at least 1, got {getattr(self, name)}")
+        if self.passage_chars < 200:
+            raise ValueError(f"passage_chars must be at least 200, got {self.passage_chars}")
+        if not 60 <= self.entities <= 10_000:
+            raise ValueError(f"entities must be 60 to 10000, got {self.entities}")
+        fewest, most = math.isqrt(self.entities - 1) + 1, len(SYLLABLES) // 2
+        if not fewest <= self.syllables <= most:
+            raise ValueError(f"syllables must be {fewest} to {most} for {self.entities} names, got {self.syllables}")
+
+
+# --------------------------------------------------------------------------------------------------------- scoring
+
+
+def normalize(text: str) -> str:
+    """Lower case without punctuation, articles and extra white space, as SQuAD and Search-R1 compare answers.
+
+    >>> normalize("The  Beatles, U.K.")
+    'beatles uk'
+    """
+    kept = "".join(char for char in text.lower() if char not in string.punctuation)
+    return " ".join(re.sub(r"\b(a|an|the)\b", " ", kept).split())
+
+
+def exact_match(text: str, answers: tuple[str, ...]) -> bool:
+    """Whether the text is one of the answers, both normalised."""
+    return normalize(text) in map(normalize, answers)
+
+
+def f1(text: str, answers: tuple[str, ...]) -> float:
+    """Harmonic mean of precision and recall over the normalised words, for the answer that suits best; in [0, 1].
+
+    >>> f1("Ka Ren of Bo", ("The Ka Ren", "Bo Lin"))  # precision 2/4, recall 2/2
+    0.6666666666666666
+    """
+    said, best = normalize(text).split(), 0.0
+    for answer in answers:
+        right = normalize(answer).split()
+        shared = (Counter(said) & Counter(right)).total()
+        best = max(best, 2 * shared / (len(said) + len(right)) if shared else 0.0)
+    return best
+
+
+# --------------------------------------------------------------------------------------------------- real questions
+
+
+def load_questions(source: str) -> tuple[list[Question], list[Passage]]:
+    """Questions with an answer, and the passages of their contexts (none if they have no contexts).
+
+    source: a json, jsonl or parquet file, or a dataset on the hub as NAME[:CONFIG[:SPLIT]].  Fields: question,
+    golden_answers or answer, and if there is one context, as HotpotQA and 2Wiki write it.  Questions without an answer
+    are left out with a warning that names them.  Raises ValueError naming a record that is no question.
+    """
+    questions, passages, unanswered = [], {}, []
+    for where, record in _records(source):
+        text, answers = record.get("question"), _answers(record)
+        if not isinstance(text, str) or not text.strip():
+            raise ValueError(f'{where}: no text in "question"')
+        try:
+            passages |= {passage.contents: passage for passage in _context(record)}
+        except (AttributeError, KeyError, TypeError, ValueError):
+            raise ValueError(f'{where}: "context" is not one of titles and sentences') from None
+        if answers:
+            kind = record.get("data_source") or record.get("type") or "question"  # Search-R1's field, HotpotQA's
+            questions.append(Question(text.strip(), answers, str(kind)))
+        else:
+            unanswered.append(where.removeprefix(f"{source}, "))
+    if unanswered:
+        named = ", ".join(unanswered[:5]) + (", ..." if len(unanswered) > 5 else "")
+        total = len(questions) + len(unanswered)
+        warnings.warn(f"{source}: left out {len(unanswered)} of {total} questions, no answer: {named}", stacklevel=2)
+    if not questions:
+        raise ValueError(f"{source}: no questions")
+    return questions, list(passages.values())
+
+
+def _answers(record: dict) -> tuple[str, ...]:
+    """Those that are not empty once they are normalised."""
+    given = record.get("golden_answers") or record.get("answer")
+    answers = given if isinstance(given, list) else [given]
+    return tuple(str(answer) for answer in answers if answer is not None and normalize(str(answer)))
+
+
+def _context(record: dict) -> Iterator[Passage]:
+    """HotpotQA's context: [[title, sentences], ...] in its own file, {title: [], sentences: []} on the hub."""
+    context = record.get("context") or []
+    pairs = zip(context["title"], context["sentences"], strict=True) if isinstance(context, dict) else context
+    for title, sentences in pairs:
+        text = sentences if isinstance(sentences, str) else " ".join(sentence.strip() for sentence in sentences)
+        yield Passage(title, f'"{title.strip()}"\n{text}')
+
+
+def _records(source: str) -> Iterator[tuple[str, dict]]:
+    """(where it stands, record) for every record of a file or a dataset. Raises ValueError if it cannot be read."""
+    path = Path(source)
+    if path.suffix == ".jsonl":
+        yield from read_jsonl(path)
+        return
+    if path.suffix not in (".json", ".parquet"):
+        records = _hub_records(source)
+    elif not path.is_file():
+        raise ValueError(f"no such file: {source}")
+    else:
+        records = _json_records(path) if path.suffix == ".json" else _parquet_records(path)
+    for number, record in enumerate(records, 1):
+        where = f"{source}, record {number}"
+        if not isinstance(record, dict):
+            raise ValueError(f"{where}: not a JSON object")
+        yield where, record
+
+
+def _json_records(path: Path) -> list:
+    try:
+        records = json.loads(path.read_bytes())
+    except json.JSONDecodeError as error:
+        raise ValueError(f"{path}, line {error.lineno}: not JSON ({error.msg})") from None
+    except UnicodeDecodeError as error:
+        raise ValueError(f"{path}: not UTF-8 ({error})") from None
+    if not isinstance(records, list):
+        raise ValueError(f"{path}: not a list of questions")
+    return records
+
+
+def _parquet_records(path: Path) -> list[dict]:
+    try:
+        from pyarrow import ArrowException, parquet
+    except ImportError:
+        raise ImportError("parquet files need pyarrow: pip install datasets==5.2.0") from None
+    try:
+        return parquet.read_table(path).to_pylist()
+    except (ArrowException, OSError) as error:
+        raise ValueError(f"{path}: not a parquet file ({error})") from None
+
+
+def _hub_records(source: str) -> Iterable[dict]:
+    try:
+        from datasets import load_dataset
+    except ImportError:
+        raise ImportError("questions from the hub need datasets: pip install datasets==5.2.0") from None
+    name, _, rest = source.partition(":")
+    config, _, split = rest.partition(":")
+    try:
+        return load_dataset(name, config or None, split=split or "train")
+    except (OSError, ValueError) as error:
+        reason = str(error).partition("\n")[0]
+        raise ValueError(f"{source}: neither a json, jsonl or parquet file nor a dataset ({reason})") from None
+
+
+def split_of(question: Question) -> str:
+    """The same question is always in the same split, whatever else is in the file; every fifth one is for eval."""
+    digest = hashlib.sha256(normalize(question.text).encode(errors="replace")).digest()
+    return "eval" if int.from_bytes(digest[:8], "big") % 5 == 0 else "train"
+
+
+# ---------------------------------------------------------------------------------------------- what there is to ask
+
+
+@dataclass(frozen=True)
+class Library:
+    """Everything that is loaded once and shared by all environments of a configuration."""
+
+    questions: dict[str, list[Question]]  # by split
+    retrieve: Retriever
+
+
+@lru_cache(maxsize=2)
+def open_library(config: SearchConfig) -> Library:
+    """Raises ValueError for files that cannot be used, and for a server that does not answer."""
+    if config.corpus and not config.questions:
+        raise ValueError("a corpus without questions: it does not answer those of the made-up world")
+    if config.questions:
+        asked, passages = load_questions(config.questions)
+        questions = {split: [q for q in asked if split_of(q) == split] for split in ("train", "eval")}
+    else:
+        passages, questions = build_world(config.entities, config.syllables, config.seed)
+    if config.retriever:
+        retrieve = HttpRetriever(config.retriever, config.timeout)
+        try:
+            retrieve(questions["train"][0].text if questions["train"] else "?", 1)  # better no start than no end
+        except RetrieverError as error:
+            raise ValueError(str(error)) from None
+        return Library(questions, retrieve)
+    if config.corpus:
+        passages = load_corpus(config.corpus)
+    if not passages:
+        raise ValueError(f"{config.questions} has no contexts to search; give a corpus or a retriever")
+    return Library(questions, Bm25(passages))
+
+
+# ------------------------------------------------------------------------------------------------- the environment
+
+
+class Search:
+    """One question at a time; the contract is `envs.Env`. info["f1"] is that of the answer, 0 before there is one."""
+
+    instructions = INSTRUCTIONS
+
+    def __init__(self, config: SearchConfig | None = None):
+        self.config = config or SearchConfig()
+        self.library = open_library(self.config)
+
+    def size(self, split: str) -> int:
+        """Number of questions in the split; real questions have no out-of-distribution splits."""
+        if split not in SPLITS:
+            raise ValueError(f"unknown split {split!r}; search has {', '.join(SPLITS)}")
+        return len(self.library.questions.get(split, ()))
+
+    def reset(self, split: str, seed: int) -> tuple[str, dict]:
+        """Ask question number `seed` of the split. Raises ValueError if it has none of that number."""
+        if not 0 <= seed < self.size(split):
+            raise ValueError(f"there is no question {seed} in {split}, which has {self.size(split)}")
+        self.question = self.library.questions[split][seed]
+        self.steps, self.seen = 0, [self.question.text]
+        return self._with_question(""), {"task_type": self.question.task_type, "success": False, "f1": 0.0}
+
+    def step(self, action: str) -> tuple[str, float, bool, bool, dict]:
+        """Search or answer. The reward is 1.0 for a right answer, else 0.0. RetrieverError if the server fails."""
+        match = ACTION.fullmatch(action.strip())
+        verb, text = (match[1].lower(), match[2].strip()) if match else ("", "")
+        answered = bool(text) and verb == "answer"
+        reply = f"You answer {text}.\n" if answered else f"{self._search(text)}\n" if text else f"{NOTHING} "
+        self.steps += 1
+        success = answered and exact_match(text, self.question.answers)
+        truncated = not answered and self.steps >= self.config.max_steps
+        info = {"valid": bool(text), "task_type": self.question.task_type, "success": success}
+        info["f1"] = f1(text, self.question.answers) if answered else 0.0
+        return self._with_question(reply), float(success), answered, truncated, info
+
+    def _with_question(self, text: str) -> str:
+        # A tokenizer raises on half a surrogate pair, which JSON can smuggle in.
+        return f"{text}Question: {self.question.text}".encode(errors="replace").decode()
+
+    def _search(self, query: str) -> str:
+        found = [hit.document for hit in self.library.retrieve(query, self.config.topk)]
+        texts = [passage.text[: self.config.passage_chars] for passage in found]
+        shown = [
+            f"{passage.title}: {text}" if passage.title else text for passage, text in zip(found, texts, strict=True)
+        ]
+        self.seen += shown
+        return "\n".join(shown) or "Nothing found."
+
+    # ------------------------------------------------------------------------------------------- scripted players
+
+    def admissible(self) -> list[str]:
+        """Search for, or answer with, any name seen so far (runs of words with a capital), in the order of sight."""
+        seen = dict.fromkeys(name for text in self.seen for name in NAME.findall(text) if name not in NO_NAMES)
+        return [f"{verb}[{name}]" for verb in ("search", "answer") for name in seen or [self.question.text]]
+
+    def oracle(self) -> tuple[str, str]:
+        """(thought, action) of a player that knows what to search for: the first fact on the way that was not seen.
+        It knows nothing of the kind about a real question: it searches once, for all of it, and knows the answer."""
+        question, known = self.question, ""
+        if not question.hops and len(self.seen) == 1 and self.steps == 0:
+            return "To be looked up.", f"search[{question.text}]"
+        for hop in question.hops:
+            if not any(str(hop) in text for text in self.seen):
+                return known or f"I need {hop.head}'s {hop.relation}.", f"search[{hop.query}]"
+            known = str(hop)
+        return known or "That is known.", f"answer[{' '.join(question.answers[0].split())}]"
+
+
+# -------------------------------------------------------------------------------------------------------------- CLI
+
+
+@dataclass(frozen=True)
+class CommandConfig:
+    """What `python search.py` does."""
+
+    serve: bool = _setting(False, "answer queries over HTTP until interrupted, instead of playing an episode")
+    host: str = _setting("127.0.0.1", "address to serve at; 0.0.0.0 for every machine that can reach this one")
+    port: int = _setting(8000, "TCP port to serve at")
+
+
+def serve(command: CommandConfig, config: SearchConfig) -> None:
+    """Serve the passages of the configuration until interrupted."""
+    retrieve = Bm25(load_corpus(config.corpus)) if config.corpus else open_library(config).retrieve
+    with server(retrieve, command.host, command.port) as http:
+        print(f"serving at http://{command.host}:{http.server_port}/retrieve, Ctrl-C to stop", flush=True)
+        http.serve_forever()
+
+
+def play(config: SearchConfig) -> None:
+    """Print a faultless episode."""
+    env = Search(config)
+    observation, _ = env.reset("eval", 0)
+    print(f"{env.instructions}\n\n{observation}")
+    ended = False
+    while not ended:
+        thought, action = env.oracle()
+        observation, reward, terminated, truncated, _ = env.step(action)
+        ended = terminated or truncated
+        print(f"\nThought: {thought}\nAction: {action}\n\n{observation}")
+    print(f"\nreward {reward:g}")
+
+
+def main() -> None:
+    from transformers import HfArgumentParser  # slow to import, and an environment does without
+
+    try:
+        command, config = HfArgumentParser((CommandConfig, SearchConfig)).parse_args_into_dataclasses()
+        if command.serve:
+            serve(command, config)
+        else:
+            play(config)
+    except (OSError, ValueError) as error:
+        sys.exit(f"search.py: {error}")
+    except KeyboardInterrupt:
+        pass
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,298 @@
+"""WebShop's product files: read as WebShop's own engine reads them, or written for a made-up catalogue.
+
+Three JSON files describe a shop: its products, the attributes that were found in their texts (with an instruction that
+was put together from a template), and the instructions that people wrote. `load_files` reads a folder of them: the
+published ones, or the output of
+
+    python shop_data.py --out DIR --products 500
+
+which writes a small shop of short titles and few options. All its names are invented; nothing in it is for sale.
+Price limits are drawn the way the engine draws them, from the same random numbers, so both know the same goals.
+"""
+
+import json
+import random
+import re
+import warnings
+from argparse import ArgumentParser
+from collections import Counter
+from dataclasses import dataclass
+from itertools import combinations, product
+from pathlib import Path
+
+# (products, attributes), tried in this order; the engine's own default is the smaller pair.
+PRODUCT_FILES = (("items_shuffle_1000.json", "items_ins_v2_1000.json"), ("items_shuffle.json", "items_ins_v2.json"))
+HUMAN_FILE = "items_human_ins.json"
+
+GOAL_ORDER_SEED = 233  # the engine's: it decides which goals are for testing
+PRICE_LIMITS = [10.0 * i for i in range(1, 100)]  # dollars
+NO_LIMIT = 1_000_000
+PATH_MARK = "\u203a"  # stands between categories
+
+
+@dataclass(frozen=True, slots=True)
+class Product:
+    """One product as the shop shows it and as the reward looks at it."""
+
+    asin: str  # its id
+    title: str
+    category: str
+    query: str  # what was searched for when it was collected; close to the type of product
+    path: str  # categories from wide to narrow, with PATH_MARK between them
+    price: float  # dollars
+    price_tag: str
+    description: str
+    bullets: tuple[str, ...]  # the features
+    attributes: tuple[str, ...]
+    options: dict[str, tuple[str, ...]]  # name -> values, all lower case
+
+    def document(self) -> str:
+        """The text that the search looks at."""
+        options = ", and ".join(f"{name}: {', '.join(values)}" for name, values in self.options.items())
+        return " ".join([self.title, self.description, *self.bullets[:1], options]).lower()
+
+
+@dataclass(frozen=True, slots=True)
+class Goal:
+    """What is wanted: a product like this one, with these attributes and options, for no more than the limit."""
+
+    asin: str
+    instruction: str
+    attributes: tuple[str, ...]
+    options: tuple[str | tuple[str, str], ...]  # a value (written by people), or name and value (from a template)
+    price_limit: float  # dollars
+
+
+# ------------------------------------------------------------------------------------------------------ reading files
+
+
+def load_files(folder: str, *, limit: int = 0, human_goals: bool = True, seed: int = GOAL_ORDER_SEED):
+    """Products and goals of a folder. limit: number of products to read, 0 for all.  Other arguments as in `parse`.
+
+    Raises ValueError that names the file (and the product) if it is missing or broken.
+    """
+    pairs = [pair for pair in PRODUCT_FILES if (Path(folder) / pair[0]).is_file()]
+    if not pairs:
+        raise ValueError(
+            f"{folder} has neither {PRODUCT_FILES[0][0]} nor {PRODUCT_FILES[1][0]}; "
+            f"WebShop's setup.sh downloads them, `python shop_data.py --out {folder}` writes made-up ones"
+        )
+    names = (*pairs[0], HUMAN_FILE)
+    records, attributes, human = (_read_json(Path(folder) / name) for name in names)
+    for name, content, kind in zip(names, (records, attributes, human), (list, dict, dict), strict=True):
+        if not isinstance(content, kind):
+            raise ValueError(f"{folder}/{name} must hold a JSON {'array' if kind is list else 'object'}")
+    records = records[:limit] if limit else records
+    return parse(records, attributes, human, human_goals=human_goals, seed=seed, source=folder)
+
+
+def _read_json(path: Path):
+    try:
+        return json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise ValueError(f"cannot read {path}: {error}") from error
+
+
+def parse(records: list, attributes: dict, human: dict, *, human_goals=True, seed=GOAL_ORDER_SEED, source="catalogue"):
+    """(products, goals) of the contents of the three files.
+
+    human_goals: the instructions that people wrote, else the ones from a template, one for every choice of options.
+    seed: of the prices of products with a price range, and of the price limits.
+    What the engine leaves out is left out here, with a warning that counts it. Raises ValueError naming a broken entry.
+    """
+    rng, left_out = random.Random(seed), Counter()
+    products: dict[str, Product] = {}
+    for number, record in enumerate(records):
+        try:
+            asin = record["asin"]
+            if asin == "nan" or len(asin) > 10 or asin in products:
+                left_out["products with a bad or repeated id"] += 1
+                continue
+            products[asin] = _product(record, attributes.get(asin, {}), rng)
+        except (ArithmeticError, AttributeError, LookupError, TypeError, ValueError) as error:
+            name = record.get("asin") if isinstance(record, dict) else None
+            raise ValueError(f"{source}: product number {number} ({name}) is broken: {error!r}") from error
+    instructions = human if human_goals else attributes
+    goals = []
+    for asin in products:
+        try:
+            make = _human_goals if human_goals else _template_goals
+            goals += make(products[asin], instructions.get(asin), rng, left_out)
+        except (AttributeError, LookupError, TypeError) as error:
+            raise ValueError(f"{source}: the instructions of product {asin} are broken: {error!r}") from error
+    left_out["products of the instructions, not in the shop"] = sum(asin not in products for asin in instructions)
+    if any(left_out.values()):
+        warnings.warn(
+            f"{source}: left out {', '.join(f'{n} {what}' for what, n in left_out.items() if n)}", stacklevel=2
+        )
+    random.Random(GOAL_ORDER_SEED).shuffle(goals)
+    return list(products.values()), goals
+
+
+def _product(record: dict, found: dict, rng: random.Random) -> Product:
+    bullets = record["small_description"]
+    prices = [float(re.sub(r"[^\d.]", "", part)) for part in (record.get("pricing") or "$100").split("$")[1:]][:2]
+    options = {}
+    for name, values in (record["customization_options"] or {}).items():
+        if values is not None:
+            # A slash would end the page's address, so the engine writes a bar.
+            options[name.lower()] = tuple(value["value"].strip().replace("/", " | ").lower() for value in values)
+    texts = [record[key] for key in ("name", "category", "query", "product_category", "full_description")]
+    bullets = tuple(bullets if isinstance(bullets, list) else [bullets])
+    if not all(isinstance(text, str) for text in (*texts, *bullets)):
+        raise TypeError("a text is missing")
+    title, category, query, path, description = texts
+    return Product(
+        asin=record["asin"],
+        title=title,
+        category=category,
+        query=query.lower().strip(),
+        path=path,
+        price=rng.uniform(*prices) if len(prices) > 1 else prices[0],
+        price_tag=" to ".join(f"${price}" for price in prices),
+        description=description,
+        bullets=bullets,
+        attributes=tuple(found.get("attributes", ["DUMMY_ATTR"])),
+        options=options,
+    )
+
+
+def _price_limit(price: float, rng: random.Random) -> tuple[float, str]:
+    """A round limit not far above the price, and the words for it; none for the dearest products."""
+    limits = [limit for limit in PRICE_LIMITS if limit > price][:4]
+    if len(limits) < 2:
+        return NO_LIMIT, ""
+    limit = max(rng.sample(limits, 2))
+    return limit, f", and price lower than {limit:.2f} dollars"
+
+
+def _human_goals(item: Product, entries: list | None, rng: random.Random, left_out: Counter) -> list[Goal]:
+    goals = []
+    for entry in entries or []:
+        wanted = tuple(entry["instruction_attributes"])
+        if not wanted:
+            left_out["instructions without an attribute"] += 1
+            continue
+        limit, words = _price_limit(item.price, rng)
+        text = entry["instruction"].strip(".") + words
+        goals.append(Goal(item.asin, text, wanted, tuple(entry["instruction_options"]), limit))
+    return goals
+
+
+def _template_goals(item: Product, entry: dict | None, rng: random.Random, left_out: Counter) -> list[Goal]:
+    if not entry or entry.get("instruction") is None:
+        left_out["products without an instruction"] += 1
+        return []
+    wanted = tuple(entry["instruction_attributes"])
+    limit, words = _price_limit(item.price, rng)
+    names, goals = sorted(item.options), []
+    for values in product(*(item.options[name] for name in names)):
+        options = tuple(zip(names, values, strict=True))
+        chosen = ", and ".join(f"{name}: {value}" for name, value in options)
+        text = entry["instruction"] + (f" with {chosen}" if chosen else "") + words
+        goals.append(Goal(item.asin, text, wanted, options, limit))
+    return goals
+
+
+# -------------------------------------------------------------------------------------------------- made-up products
+
+COLOR = ("color", ("black", "white", "red", "blue", "green", "pink", "gray", "purple"))
+SIZE = ("size", ("small", "medium", "large"))
+SCENT = ("scent", ("vanilla", "citrus", "lavender", "coconut", "mint", "rose"))
+BRANDS = ("alder", "brisk", "corvo", "dunlin", "elmore", "fennick", "garrow", "halden")
+# kind -> category, category path, attributes, options. No two attributes are alike, so none stands for another.
+FASHION, HOME, SOUND, BEAUTY = (
+    ("fashion", f"Clothing {PATH_MARK} Outdoor"), ("home", f"Home & Kitchen {PATH_MARK} Comfort"),
+    ("electronics", f"Electronics {PATH_MARK} Audio"), ("beauty", f"Beauty {PATH_MARK} Bath"),
+)  # fmt: skip
+KINDS = {
+    "jacket": (*FASHION, "hooded waterproof quilted padded reversible thermal", (COLOR, SIZE)),
+    "scarf": (*FASHION, "knitted silky fringed checkered woolen pleated", (COLOR,)),
+    "sandals": (*FASHION, "strappy cushioned braided buckled leather flat", (COLOR, SIZE)),
+    "backpack": (*FASHION, "foldable rugged zippered roomy slim lockable", (COLOR,)),
+    "mug": (*HOME, "insulated stackable handmade enameled unbreakable oversized", (COLOR, SIZE)),
+    "blanket": (*HOME, "fluffy weighted woven washable heated crochet", (COLOR, SIZE)),
+    "pillow": (*HOME, "firm cooling orthopedic bamboo plush travel", (COLOR,)),
+    "lamp": (*HOME, "dimmable solar adjustable magnetic rotating vintage", (COLOR,)),
+    "headphones": (*SOUND, "wireless soundproof lightweight rechargeable studio bendable", (COLOR,)),
+    "speaker": (*SOUND, "portable loud stereo waterside compact retro", (COLOR, SIZE)),
+    "soap": (*BEAUTY, "organic creamy exfoliating antibacterial vegan moisturizing", (SCENT,)),
+    "shampoo": (*BEAUTY, "nourishing volumizing clarifying gentle strengthening softening", (SCENT, SIZE)),
+}
+
+
+def generate(products: int, goals: int, seed: int) -> tuple[list, dict, dict]:
+    """Contents of the three files for a made-up shop: `products` products, up to `goals` instructions for each.
+
+    No two instructions are the same, so none can be for training and for testing at once. Equal arguments give equal
+    contents on every machine.
+    """
+    rng, records, found, human, seen = random.Random(f"shop/{seed}"), [], {}, {}, set()
+    kinds = (list(KINDS) * (products // len(KINDS) + 1))[:products]
+    rng.shuffle(kinds)
+    for number, kind in enumerate(kinds):
+        category, path, pool, axes = KINDS[kind]
+        asin = f"B{number:03d}"
+        attributes = rng.sample(pool.split(), 3)
+        options = {name: sorted(rng.sample(values, rng.randint(2, 3)), key=values.index) for name, values in axes}
+        records.append(_record(asin, kind, category, path, attributes, options, rng))
+        found[asin] = {
+            "attributes": attributes,
+            "instruction": f"Find me {', '.join(attributes[:2])} {kind}",
+            "instruction_attributes": attributes[:2],
+        }
+        wishes = list(product(combinations(attributes, 2), product(*options.values())))
+        rng.shuffle(wishes)
+        human[asin] = []
+        for wanted, values in wishes:
+            chosen = ", and ".join(f"{name}: {value}" for name, value in zip(options, values, strict=True))
+            text = f"i need {', '.join(wanted)} {kind} with {chosen}"
+            if text in seen or len(human[asin]) == goals:
+                continue
+            seen.add(text)
+            entry = {"instruction": text, "instruction_attributes": list(wanted), "instruction_options": list(values)}
+            human[asin].append(entry)
+    return records, found, human
+
+
+def _record(
+    asin: str, kind: str, category: str, path: str, attributes: list, options: dict, rng: random.Random
+) -> dict:
+    """One product in the published files' schema, without the fields that the engine throws away."""
+    low = rng.randrange(10, 100)
+    values = {name: [{"value": value, "image": None} for value in choice] for name, choice in options.items()}
+    return {
+        "asin": asin,
+        "name": " ".join([rng.choice(BRANDS), *attributes, kind]),
+        "category": category,
+        "query": kind,
+        "product_category": f"{path} {PATH_MARK} {kind.title()}",
+        "pricing": f"${low}.00" if rng.random() < 0.9 else f"${low}.00 - ${low + 5}.00",
+        "small_description": [f"{kind} for every day", *attributes],
+        "full_description": f"A {attributes[0]} {kind}.",
+        "images": [f"{asin}.jpg"],
+        "customization_options": values,
+    }
+
+
+def write_files(folder: str, contents: tuple[list, dict, dict]) -> None:
+    """Write what `generate` returns; `load_files` and the real engine read it."""
+    Path(folder).mkdir(parents=True, exist_ok=True)
+    for name, content in zip((*PRODUCT_FILES[0], HUMAN_FILE), contents, strict=True):
+        (Path(folder) / name).write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
+
+
+def main() -> None:
+    parser = ArgumentParser(description="Write the three WebShop files of a made-up shop.")
+    parser.add_argument("--out", required=True, help="folder to write to")
+    parser.add_argument("--products", type=int, default=500, help="number of products")
+    parser.add_argument("--goals", type=int, default=10, help="instructions for each product, at most")
+    parser.add_argument("--seed", type=int, default=GOAL_ORDER_SEED, help="another seed, another shop")
+    args = parser.parse_args()
+    contents = generate(args.products, args.goals, args.seed)
+    write_files(args.out, contents)
+    print(f"{args.out}: {len(contents[0])} products, {sum(map(len, contents[2].values()))} instructions")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,171 @@
+"""The adapter to a WebShop checkout, on a stand-in for the checkout that has the traps of the real one."""
+
+import random
+import sys
+
+import numpy as np
+import pytest
+
+import webshop
+from envs import make_envs
+from shop import SPLITS
+from webshop import WebShopAdapter
+
+# What the adapter needs of WebShop, with its traps: a goal is only obeyed if its number is an int, the global random
+# generator is drawn from, a step after the purchase or with a strange search raises.
+ENGINE = """
+import random
+
+class Server:
+    built = 0
+
+    def __init__(self, human_goals, num_products):
+        Server.built += 1
+        assert (human_goals, num_products) == (True, None)
+        limits = [random.random() for _ in range(12)]
+        goal = {"asin": "B1", "category": "home", "query": "mug", "name": "tall [red] mug", "goal_options": ["red"]}
+        self.goals = [{**goal, "instruction_text": f"task {i}, price {limit}"} for i, limit in enumerate(limits)]
+        self.product_item_dict = {"B1": {"options": {"color": ["red", "blue"]}}}
+        self.user_sessions = {}
+
+class WebAgentTextEnv:
+    def __init__(self, observation_mode, human_goals, num_products, server=None, session_prefix=""):
+        assert observation_mode == "text"
+        self.server, self.prefix = server or Server(human_goals, num_products), session_prefix
+        self.reset(random.randrange(12))
+
+    def reset(self, session):
+        goal = session if type(session) is int else random.randrange(12)
+        self.session = f"{self.prefix}{session}"
+        self.user = self.server.user_sessions.setdefault(self.session, {"asin": None, "options": {}})
+        assert self.user == {"asin": None, "options": {}}, "two customers share a session"
+        self.text, self.page = self.server.goals[goal]["instruction_text"], "search"
+        return self.observation, None
+
+    @property
+    def observation(self):
+        return f"{self.page} [SEP] {self.text}"
+
+    def get_available_actions(self):
+        pages = {"search": ["search"], "results": ["back to search", "next >", "b0", "b1"], "done": [],
+                 "item": ["back to search", "< prev", "buy now", "red", "boom"]}
+        return {"clickables": pages[self.page]}
+
+    def step(self, action):
+        assert self.page != "done", "stepped after the purchase"
+        value = action.split("[")[1][:-1].lower()
+        if value.startswith("<a>") or value == "boom":
+            raise KeyError(value)
+        if action.startswith("search"):
+            self.page, self.user["asin"] = "results", None
+        elif value in ("b0", "b1"):
+            self.page, self.user["asin"] = "item", value.upper()
+        elif value == "red":
+            self.user["options"]["color"] = "red"
+        elif value == "< prev":
+            self.page, self.user["asin"] = "results", None
+        elif value == "buy now":
+            self.page = "done"
+            right = self.user == {"asin": "B1", "options": {"color": "red"}}
+            return self.observation, 1.0 if right else 0.5, True, None
+        return self.observation, 0, False, None
+"""
+
+
+def play(env, split, seed):
+    """The oracle's episode: (action, observation, reward, terminated, truncated, info) for each step, None at first."""
+    observation, info = env.reset(split, seed)
+    steps = [(None, observation, 0.0, False, False, info)]
+    while not (steps[-1][3] or steps[-1][4]):
+        _, action = env.oracle()
+        steps.append((action, *env.step(action)))
+    return steps
+
+
+@pytest.fixture
+def checkout(tmp_path):
+    """A folder in the place of a WebShop checkout; afterwards the process has never seen it."""
+    folder = tmp_path / "WebShop" / "web_agent_site" / "envs"
+    folder.mkdir(parents=True)
+    (folder / "__init__.py").touch()
+    (folder / "web_agent_text_env.py").write_text(ENGINE)
+    path = list(sys.path)
+    yield tmp_path / "WebShop"
+    sys.path[:] = path
+    webshop._load_engine.cache_clear()
+    for name in [name for name in sys.modules if name.startswith("web_agent_site")]:
+        del sys.modules[name]
+
+
+def test_adapter_plays_a_checkout(checkout):
+    state = random.getstate()
+    first, second = make_envs("webshop", [f"webshop_root={checkout}"], 2)
+    assert random.getstate() == state  # although the engine seeds and draws
+    assert type(first) is WebShopAdapter
+    assert first.server is second.server
+    assert type(first.server).built == 1
+    assert [first.size(split) for split in SPLITS] == [6, 4, 2]
+    second.reset("train", 0)  # the same goal at the same time
+    second.step("search[mug]"), second.step("click[b0]")
+    for seed in (0, 1, 0, np.int64(1)):
+        steps = play(first, "train", seed)
+        assert steps[0][1].startswith(f"search [SEP] task {6 + seed},")
+        actions = ["search[tall red mug]", "click[b1]", "click[red]", "click[buy now]"]
+        assert [step[0] for step in steps[1:]] == actions
+        assert steps[-1][2:] == (1.0, True, False, {"valid": True, "task_type": "home", "success": True, "score": 1.0})
+        assert first.step("search[mug]")[1:] == (0.0, True, False, {**steps[-1][5], "valid": False})
+    assert len(first.server.user_sessions) <= 4  # old sessions are dropped
+
+
+def test_adapter_half_a_purchase_and_the_way_back(checkout):
+    (env,) = make_envs("webshop", [f"webshop_root={checkout}", "max_steps=6"], 1)
+    env.reset("test", 0)
+    for action in ("search[x]", "click[b0]"):
+        env.step(action)
+    assert env.oracle()[1] == "click[< prev]"
+    assert env.admissible() == [f"click[{v}]" for v in ("back to search", "< prev", "buy now", "red", "boom")]
+    _, reward, terminated, truncated, info = env.step("click[Buy Now]")
+    assert (reward, terminated, truncated) == (0.0, True, False)
+    assert (info["success"], info["score"]) == (False, 0.5)
+    assert env.admissible() == []
+
+
+def test_adapter_invalid_actions_and_limit(checkout):
+    (env,) = make_envs("webshop", [f"webshop_root={checkout}", "max_steps=5"], 1)
+    first, _ = env.reset("test", 1)
+    assert env.admissible() == [f"search[{env.goal['instruction_text']}]", "search[mug]"]
+    for number, action in enumerate(("", "search[<a> x]", "click[search]", "click[red]", "hello"), 1):
+        observation, reward, terminated, truncated, info = env.step(action)
+        assert (observation, reward, terminated, truncated, info["valid"]) == (first, 0.0, False, number == 5, False)
+
+
+def test_adapter_survives_an_engine_that_raises(checkout):
+    (env,) = make_envs("webshop", [f"webshop_root={checkout}"], 1)
+    env.reset("test", 0)
+    for action in ("search[x]", "click[b1]"):
+        env.step(action)
+    observation, reward, terminated, truncated, info = env.step("click[boom]")
+    assert (reward, terminated, truncated, info["valid"]) == (0.0, False, True, False)
+    assert info["error"] == "KeyError('boom')"
+    assert observation.startswith("item [SEP] task 0")
+    assert play(env, "test", 1)[-1][2] == 1.0
+
+
+def test_adapter_says_what_to_run(checkout, tmp_path):
+    with pytest.raises(ValueError, match=r"git clone https://github.com/princeton-nlp/WebShop .*setup.sh -d small"):
+        make_envs("webshop", [f"webshop_root={tmp_path}/nowhere"], 1)
+    engine = checkout / "web_agent_site" / "envs" / "web_agent_text_env.py"
+    engine.write_text("import a_package_that_nobody_has")
+    with pytest.raises(ImportError, match=r"a_package_that_nobody_has.*pip install -r .*WebShop/requirements.txt"):
+        make_envs("webshop", [f"webshop_root={checkout}"], 1)
+    engine.write_text(ENGINE.replace("Server.built += 1", "open('items_shuffle.json')"))
+    with pytest.raises(ValueError, match=r"does not start .FileNotFoundError.*setup.sh -d small"):
+        make_envs("webshop", [f"webshop_root={checkout}"], 1)
+
+
+def test_adapter_refuses_a_second_checkout(checkout):
+    make_envs("webshop", [f"webshop_root={checkout}"], 1)
+    other = checkout.parent / "other" / "web_agent_site"
+    other.mkdir(parents=True)
+    with pytest.raises(ValueError, match=r"another WebShop, .*is loaded already"):
+        make_envs("webshop", [f"webshop_root={other.parent}"], 1)
