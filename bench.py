@@ -1,7 +1,8 @@
 """Where the time and the memory go: rollout against the usual generate loop, EMPG's share, log-prob and entropy.
 
     python bench.py                 everything, a few minutes on two cores; prints a table and writes bench.json
-    python bench.py --only memory   one part of rollout, empg, memory
+    python bench.py --only memory   one part of rollout, empg, memory, worlds
+    python bench.py --only worlds --data games    ALFWorld too, on the games in that folder
 
 Speeds are compared as ratios of medians, the two sides measured in turns: absolute numbers depend on the machine.
 """
@@ -15,6 +16,7 @@ import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
+from random import Random
 from typing import Literal
 
 import torch
@@ -22,7 +24,7 @@ from accelerate import Accelerator
 
 from config import TrainConfig, parse_config
 from empg import group_advantages, modulate, spread, step_entropy, token_logp_and_entropy
-from envs import Env, make_envs, parse_response
+from envs import ENVIRONMENTS, Env, make_envs, parse_response
 from episode import Episode, Task, collate
 from policy import Policy
 from rollout import rollout
@@ -34,12 +36,16 @@ from update import Learner, update
 class BenchConfig:
     """Measure speed and memory."""
 
-    only: Literal["all", "rollout", "empg", "memory"] = field(default="all", metadata={"help": "part to measure"})
+    only: Literal["all", "rollout", "empg", "memory", "worlds"] = field(
+        default="all", metadata={"help": "part to measure"}
+    )
     policy: str = field(default="tiny", metadata={"help": "folder or hub id; tiny: the warm start of the default run"})
     environments: int = field(default=64, metadata={"help": "House worlds that are played at once"})
     repeats: int = field(default=5, metadata={"help": "measurements of each side, of which the median counts"})
     tokens: int = field(default=4096, metadata={"help": "memory: tokens"})
     vocabulary: int = field(default=151_936, metadata={"help": "memory: size of the vocabulary; Qwen2.5's by default"})
+    worlds: int = field(default=128, metadata={"help": "worlds: environments that take turns in one process"})
+    data: str = field(default="", metadata={"help": "worlds: folder of ALFWorld games; default: ALFWorld is left out"})
     out: str = field(default="bench.json", metadata={"help": "file for the result"})
 
 
@@ -206,6 +212,32 @@ def measure_memory(bench: BenchConfig) -> dict:
     return result
 
 
+# ---------------------------------------------------------------------------------------------------------- worlds
+
+
+def measure_worlds(bench: BenchConfig) -> dict:
+    """Median time of a step of the random player in every world, and the memory of many that take turns."""
+    result = {}
+    for name in ENVIRONMENTS:
+        if name == "alfworld" and not bench.data:
+            continue
+        before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss  # KiB
+        envs, rng, seconds = make_envs(name, [f"data={bench.data}"] * (name == "alfworld"), bench.worlds), Random(0), []
+        size = envs[0].size("train") or bench.worlds
+        for number, env in enumerate(envs):
+            env.reset("train", number % size)
+        for number in range(10 * bench.worlds):
+            env = envs[number % bench.worlds]
+            took, answer = clock(lambda env=env: env.step(rng.choice(env.admissible())))  # noqa: B023
+            seconds.append(took)
+            if answer[2] or answer[3]:
+                env.reset("train", number % size)
+        result[f"{name}: ms a step, median"] = 1000 * statistics.median(seconds)
+        memory = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before
+        result[f"{name}: MiB of {bench.worlds} environments"] = memory / 1024
+    return result
+
+
 # ---------------------------------------------------------------------------------------------------------- output
 
 
@@ -224,7 +256,9 @@ def main() -> None:
     bench = parse_config(BenchConfig)
     config = TrainConfig(policy=bench.policy, out="out/bench")
     result = {}
-    if bench.only != "memory":
+    if bench.only in ("all", "worlds"):  # first: memory is counted from its highest point so far
+        result |= measure_worlds(bench)
+    if bench.only in ("all", "rollout", "empg"):
         accelerator = Accelerator()
         torch.set_num_threads(os.cpu_count())
         policy, learner, _ = prepare(config, accelerator, make_envs(config.env, config.settings, 1)[0])

@@ -137,8 +137,7 @@ class TinyConfig:
     vocab_size: int = 1024  # at most; a small world has fewer words
     hidden_size: int = 64
     layers: int = 2
-    heads: int = 2
-    kv_heads: int = 1
+    heads: int = 4
     intermediate_size: int = 192
     initializer_range: float = 0.1  # the usual 0.02 is for wide models; with it this one hardly learns to copy names
     batch_size: int = 4  # dialogues
@@ -170,7 +169,7 @@ def tiny_policy(dialogues: list[Dialogue], config: TinyConfig, seed: int) -> Pol
         hidden_size=config.hidden_size,
         num_hidden_layers=config.layers,
         num_attention_heads=config.heads,
-        num_key_value_heads=config.kv_heads,
+        num_key_value_heads=config.heads,
         intermediate_size=config.intermediate_size,
         max_position_embeddings=8192,
         tie_word_embeddings=True,
