@@ -1,9 +1,9 @@
 """How good is a player: success with its interval, steps, invalid actions, per task type; two players compared.
 
-    python eval.py --policy out/house/checkpoint-000100
+    python eval.py --policy out/house/checkpoint-000080
     python eval.py --policy oracle --env house --split eval
     python eval.py --policy random --env search
-    python eval.py --compare out/house/warm_start out/house/checkpoint-000100
+    python eval.py --compare out/house/first_policy out/house/checkpoint-000080
 
 A player is a checkpoint folder, a hub id, or one of the scripted players `oracle` and `random`.
 """

@@ -148,6 +148,11 @@ def prepare(config: TrainConfig, accelerator: Accelerator, env: Env) -> tuple[Po
     if config.resume and not saved:
         raise SystemExit(f"there is no checkpoint in {config.out} to resume from")
     first = first_policy(config, accelerator, env)
+    link = Path(config.out) / "first_policy"  # what eval.py --compare needs
+    if accelerator.is_main_process and Path(first).is_dir():
+        link.parent.mkdir(parents=True, exist_ok=True)
+        link.unlink(missing_ok=True)
+        link.symlink_to(Path(first).resolve(), target_is_directory=True)
     if config.resume:
         verify_checkpoint(saved[-1])
     try:
@@ -382,7 +387,8 @@ def finish(
         draw_curves(out / "metrics.jsonl", out / "curves.png")
         tasks = f"{config.env}, {state['after']['episodes']} held-out tasks, temperature {config.temperature}"
         print(f"\n{tasks}\n\n{table({name: state[name] for name in ('before', 'after')})}")
-        print(f"\npolicy: {newest}   curves: {out / 'curves.png'}   metrics: {out / 'metrics.jsonl'}")
+        print(f"\nbefore: {out / 'first_policy'}   after: {newest}")
+        print(f"curves: {out / 'curves.png'}   metrics: {out / 'metrics.jsonl'}")
 
 
 def main() -> None:

@@ -19,6 +19,7 @@ import update
 from checkpoint import CheckpointError, checkpoints, verify_checkpoint
 from config import TrainConfig, parse_config
 from episode import load_episodes
+from policy import load_policy
 
 ROOT = Path(__file__).parents[1]
 # Demonstrations that slip in every third step: about half of the episodes of a group succeed, at random.
@@ -145,6 +146,46 @@ def test_the_command_of_the_readme_runs_on_the_house(tmp_path):
     assert "held-out tasks" in result.stdout
     for name in ("curves.png", "metrics.jsonl", "timings.jsonl", "config.json", "result.json"):
         assert (tmp_path / "run" / name).stat().st_size > 0
+
+
+@pytest.mark.parametrize("name", ["alfworld", "webshop", "search"])
+def test_every_world_is_trained_in_and_evaluated_alike(name, run, request):
+    flags = {"env_args": ["max_steps=3"], "demonstrations": 24, "max_tokens": 2000, "temperature": 1.0}
+    if name == "alfworld":
+        flags |= {"data": request.getfixturevalue("alfworld_data")}
+    out = run(name, env=name, iterations=1, tasks_per_iteration=1, group_size=2, eval_tasks=2, eval_every=1, **flags)
+    before, after = rows(out)
+    assert before["eval/episodes"] == after["eval/episodes"] == 2
+    assert after["episode/steps"] > 0
+    assert after["episode/errors"] == 0
+    reported = {"webshop": {"eval/score"}, "search": {"eval/f1"}}.get(name, set())
+    assert {key for key in after if key in ("eval/score", "eval/f1")} == reported
+
+
+def test_what_a_run_started_from_can_be_compared_with_what_came_out(run):
+    out = run(iterations=1)
+    first, last = (load_policy(str(path)).model for path in (out / "first_policy", checkpoints(out)[-1]))
+    changed = [not torch.equal(a, b) for a, b in zip(first.parameters(), last.parameters(), strict=True)]
+    assert all(changed)
+
+
+def test_episodes_that_an_environment_broke_off_are_counted(run, monkeypatch):
+    step, calls = coin.Coin.step, []
+
+    def sometimes(env, action):
+        calls.append(action)
+        if len(calls) % 10 == 0:
+            raise ConnectionError("gone")
+        return step(env, action)
+
+    played = run("whole", iterations=1)
+    monkeypatch.setattr(coin.Coin, "step", sometimes)
+    broken = rows(run("broken", iterations=1))[-1]
+    assert broken["episode/errors"] > 0
+    assert rows(played)[-1]["episode/errors"] == 0
+    assert broken["episode/truncated_frac"] >= broken["episode/errors"] / (
+        SMALL["tasks_per_iteration"] * SMALL["group_size"]
+    )
 
 
 def test_a_run_learns_what_the_reward_asks_for(run):
@@ -343,6 +384,9 @@ def test_a_run_is_neither_overwritten_nor_resumed_with_other_flags(run):
         ("--no_such_flag 1", "no_such_flag"),
         ("--iter 3", "--iter"),
         ("--env attic", "attic"),
+        ("--env alfworld --data nowhere", "ALFWorld"),  # no games there, or no engine
+        ("--env webshop --data nowhere", "nowhere has neither"),
+        ("--env search --questions nowhere.json", "no such file: nowhere.json"),
         ("--env_args size=3", "size"),
         ("--eval_split test", "test"),
         ("--group_size 1", "group_size must be at least 2"),
