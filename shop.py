@@ -386,7 +386,7 @@ class Shop:
         """The oracle on a page of results."""
         here = next((asin for asin in self.shown() if self._fit(asin) is not None), None)
         if here is not None:
-            return f"{here} fits.", f"click[{here.lower()}]"
+            return f"{here} fits.", f"click[{here}]"  # as it stands on the page; the shop reads it in lower case
         place = next((place for place, asin in enumerate(self.results) if self._fit(asin) is not None), None)
         if place is None:
             return "Nothing fits.", "click[back to search]"

@@ -133,7 +133,7 @@ class WebShopAdapter:
             words = search_text(self.goal["name"])
             return f"I need {words}.", f"search[{words}]"
         if asin.lower() in values:
-            return f"{asin} fits.", f"click[{asin.lower()}]"
+            return f"{asin} fits.", f"click[{asin}]"
         if session["asin"] is None:  # a page of results; one without a product is behind the last
             more = len(set(values) - {"back to search", "< prev", "next >"}) > 0
             return "Not on this page.", "click[next >]" if more else "click[back to search]"

@@ -110,7 +110,7 @@ def test_adapter_plays_a_checkout(checkout):
     for seed in (0, 1, 0, np.int64(1)):
         steps = play(first, "train", seed)
         assert steps[0][1].startswith(f"search [SEP] task {6 + seed},")
-        actions = ["search[tall red mug]", "click[b1]", "click[red]", "click[buy now]"]
+        actions = ["search[tall red mug]", "click[B1]", "click[red]", "click[buy now]"]
         assert [step[0] for step in steps[1:]] == actions
         assert steps[-1][2:] == (1.0, True, False, {"valid": True, "task_type": "home", "success": True, "score": 1.0})
         assert first.step("search[mug]")[1:] == (0.0, True, False, {**steps[-1][5], "valid": False})
