@@ -10,13 +10,9 @@ Without return_scores the answer lists the documents alone. One question may com
 Not covered: stemming, stop words, dense retrieval (ask a server for that).
 """
 
-import http.client
 import json
 import re
 import sys
-import time
-import urllib.error
-import urllib.request
 from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
@@ -24,10 +20,13 @@ from pathlib import Path
 from urllib.parse import urlsplit
 
 import numpy as np
+import requests
+from requests.adapters import HTTPAdapter
+from urllib3.util import Retry
 
-ATTEMPTS = 3  # for one query to a server
-BACKOFF = 0.5  # seconds before the second attempt, doubled before each further one
-MAX_BODY = 16 * 2**20  # bytes of a request or an answer
+RETRIES = 2  # further attempts, for one query to a server
+BACKOFF = 0.5  # seconds before a further attempt, doubled each time
+MAX_BODY = 16 * 2**20  # bytes of a request
 
 
 @dataclass(frozen=True)
@@ -153,7 +152,7 @@ class Bm25:
 class HttpRetriever:
     """Asks a server that speaks Search-R1's protocol. Raises ValueError for an address that is not one.
 
-    By the standard library: one POST needs no more. No proxy: a retriever stands beside the trainer.
+    timeout: seconds without a sign of life, for one attempt.  No proxy: a retriever stands beside the trainer.
     """
 
     def __init__(self, url: str, timeout: float):
@@ -161,47 +160,25 @@ class HttpRetriever:
         if parts.scheme not in ("http", "https") or not parts.hostname:
             raise ValueError(f"a retriever's address is http://HOST:PORT, got {url!r}")
         self.url = url if parts.path.strip("/") else f"{url.rstrip('/')}/retrieve"
-        self.timeout = timeout  # seconds for one attempt
-        self._opener = urllib.request.build_opener(urllib.request.ProxyHandler({}))
+        self.timeout, self._session = timeout, requests.Session()
+        self._session.trust_env = False
+        # What a second attempt may mend: no connection, no answer, half an answer, a server that has too much to do.
+        again = Retry(RETRIES, backoff_factor=BACKOFF, status_forcelist=[429, *range(500, 600)], allowed_methods=None)
+        self._session.mount(url, HTTPAdapter(max_retries=again))
 
     def __call__(self, query: str, topk: int) -> list[Hit]:
-        """At most topk hits. Raises RetrieverError after the last of ATTEMPTS, at once if trying again cannot help."""
-        question = json.dumps({"queries": [query], "topk": topk, "return_scores": True}).encode()
-        problem = ""
-        for attempt in range(ATTEMPTS):
-            if attempt:
-                time.sleep(BACKOFF * 2 ** (attempt - 1))
-            try:
-                return self._hits(self._post(question))[:topk]
-            except urllib.error.HTTPError as error:
-                problem = f"HTTP status {error.code}"
-                if error.code < 500 and error.code != 429:  # our fault, and it will be the next time too
-                    raise RetrieverError(f"retriever {self.url} refuses the query: {problem}") from None
-            except (OSError, http.client.HTTPException) as error:
-                reason = getattr(error, "reason", error)  # urllib wraps some of them
-                problem = " ".join(str(reason).split()) or type(reason).__name__
-                if isinstance(reason, TimeoutError):
-                    problem = f"no answer within {self.timeout:g} s"
-        raise RetrieverError(f"retriever {self.url} failed {ATTEMPTS} times: {problem}")
-
-    def _post(self, body: bytes) -> bytes:
-        request = urllib.request.Request(self.url, body, {"Content-Type": "application/json"})
-        deadline, received = time.monotonic() + self.timeout, b""
-        with self._opener.open(request, timeout=self.timeout) as response:
-            while chunk := response.read1(2**16):  # the time-out of a socket starts anew with every byte
-                received += chunk
-                if time.monotonic() > deadline:
-                    raise TimeoutError
-                if len(received) > MAX_BODY:
-                    raise RetrieverError(f"retriever {self.url} answers more than {MAX_BODY} bytes")
-        return received
-
-    def _hits(self, received: bytes) -> list[Hit]:
+        """At most topk hits. Raises RetrieverError when the attempts are used up, at once if another cannot help."""
+        question = {"queries": [query], "topk": topk, "return_scores": True}
         try:
-            (found,) = json.loads(received)["result"]
-            return [_hit(record) for record in found]
+            response = self._session.post(self.url, json=question, timeout=self.timeout)
+            response.raise_for_status()
+        except requests.RequestException as error:
+            raise RetrieverError(f"retriever {self.url} failed: {error}") from None
+        try:
+            (found,) = response.json()["result"]
+            return [_hit(record) for record in found][:topk]
         except (AttributeError, KeyError, TypeError, ValueError, RecursionError):
-            raise RetrieverError(f"retriever {self.url} answers nonsense: {received[:80]!r}") from None
+            raise RetrieverError(f"retriever {self.url} answers nonsense: {response.content[:80]!r}") from None
 
 
 def _hit(record: dict) -> Hit:

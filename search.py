@@ -55,7 +55,7 @@ class SearchConfig:
     questions: str = _setting("", "real ones: a json, jsonl or parquet file, or a hub id as NAME[:CONFIG[:SPLIT]]")
     corpus: str = _setting("", "passages for them: a jsonl file with id and contents; default: the questions' contexts")
     retriever: str = _setting("", "http://HOST:PORT of a server to search instead, in Search-R1's protocol")
-    timeout: int = _setting(10, "seconds to wait for one answer of the server, which is asked up to three times")
+    timeout: int = _setting(10, "seconds without a sign of the server, which is then asked again, three times in all")
 
     def __post_init__(self):
         for name in ("max_steps", "topk", "timeout"):
