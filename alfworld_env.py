@@ -9,7 +9,7 @@ without games and broken files are errors; `help` is not offered; every observat
 very small model need not remember it (setting `restate_task`).
 
 To play: pip install --no-deps -r requirements-alfworld.txt, then `alfworld-download` or
-`python alfworld_games.py --out DIR --split train --games 100`, and the setting data=DIR.
+`python alfworld_games.py --out DIR --split train --games 100`, and --env alfworld --data DIR.
 """
 
 import functools
@@ -91,7 +91,7 @@ def data_folder(data: str) -> Path:
         raise ValueError(
             f"no ALFWorld games in {root}; run `alfworld-download` for the published ones, or "
             f"`python alfworld_games.py --out {root.parent} --split train --games 100` to write some, "
-            "and name their folder with data=DIR or $ALFWORLD_DATA"
+            "and name their folder with --data or $ALFWORLD_DATA"
         )
     return root
 

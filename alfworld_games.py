@@ -297,7 +297,7 @@ def main() -> None:
         folder = write_games(config)
     except ValueError as error:
         parser.error(str(error))
-    print(f"{config.games} games in {folder}; play them with --env alfworld and data={config.out}")
+    print(f"{config.games} games in {folder}; play them with --env alfworld --data {config.out}")
 
 
 if __name__ == "__main__":

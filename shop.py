@@ -3,7 +3,7 @@
 A task is an instruction ("i need insulated, handmade mug with color: red, and price lower than 30.00 dollars"). The
 agent searches with `search[words]`, follows links and buttons with `click[value]`, chooses options and buys. Pages,
 actions, search results and score are WebShop's (Yao et al. 2022, arXiv:2207.01206); nothing of it has to be installed,
-because a made-up catalogue comes along. With `data=DIR` the shop sells what WebShop's product files describe.
+because a made-up catalogue comes along. With `--data DIR` the shop sells what WebShop's product files describe.
 
 The reward is 1 if the purchase scores a full 1.0, else 0, once, at the end; info["score"] is WebShop's own reward.
 

@@ -1,6 +1,6 @@
 """The user's own WebShop, driven through its text environment with the same methods and texts as the embedded shop.
 
-`webshop_root=DIR` names a checkout of https://github.com/princeton-nlp/WebShop that its setup.sh has prepared: Flask,
+`--webshop-root DIR` names a checkout of https://github.com/princeton-nlp/WebShop that its setup.sh has prepared: Flask,
 spaCy with a model, pyserini on Java, the product files and the search index. `shop.py` needs nothing of that.
 """
 
