@@ -77,7 +77,9 @@ class Game:
     kind: str  # of the wanted object
     home: str  # kind of the receptacle that it goes to; "" for look_at_obj_in_light
     lamp: str  # kind of the lamp; "" for the other task types
-    walkthrough: tuple[str, ...] = ()  # the planner's way to win, as it is stored in the game file
+    walkthrough: tuple[
+        str, ...
+    ] = ()  # a way to win, as it is stored in the game file; the planner's in those written here
 
     @property
     def treatment(self) -> str | None:
@@ -220,14 +222,14 @@ class AlfWorld:
         return [command for command in self._engine.commands if command != "help"]
 
     def oracle(self) -> tuple[str, str]:
-        """(thought, action) of a player who knows where everything is, whatever happened before: the planner's stored
-        walkthrough for as long as it was followed, then what the facts suggest.
+        """(thought, action) of a player who knows where everything is, whatever happened before: the game's stored
+        walkthrough for as long as it was followed and goes on, then what the facts suggest, then the planner.
 
         Raises alfworld_engine.EngineError if there is no way to win.
         """
         thought, action = Oracle(self.game, self._engine.facts(), self._put).decide()
         done, plan = len(self._actions), self.game.walkthrough
-        if done < len(plan) and (*self._actions,) == plan[:done]:
+        if (*self._actions,) == plan[:done] and done < len(plan) and plan[done] in self._engine.commands:
             return thought, plan[done]
         if action not in self._engine.commands:  # a state that the facts were not read for: let the planner think
             action = self._engine.plan()[0]
@@ -235,7 +237,7 @@ class AlfWorld:
 
 
 class Oracle:
-    """The next step of a player who knows where everything is and has left the planner's walkthrough, decided from the
+    """The next step of a player who knows where everything is and has left the stored walkthrough, decided from the
     facts of the state it is in.
 
     To plan anew takes a second and more in some states, this takes less than 1 ms; and it is easier to learn from: it
@@ -285,7 +287,9 @@ class Oracle:
         homes = self._of_kind(self.game.home)
         at_home = [self.place.get(o) for o in self.ready]
         most = max(map(at_home.count, homes), default=0)
-        return self._nearest(r for r in homes if at_home.count(r) == most)
+        best = [r for r in homes if at_home.count(r) == most]
+        # With empty hands the nearest would change on the way from one home to the other, and there would be no end.
+        return self._nearest(best) if self.held else min(best, default=None)
 
     def _nearest(self, spots: Iterable[str]) -> str | None:
         """Here rather than elsewhere, open rather than closed."""

@@ -1,6 +1,7 @@
 """Write games that the real ALFWorld engine plays, for machines that cannot fetch the published ones.
 
     python alfworld_games.py --out games --split train --games 200
+    python alfworld_games.py --out games --split valid_seen --games 100
     python alfworld_games.py --out games --split valid_unseen --games 100
 
 These are games in ALFWorld's format, not the published benchmark: domain, grammar, goals and the receptacles of the 120
@@ -15,6 +16,7 @@ the seeds: its own start decides which of the two it belongs to. The same argume
 import functools
 import hashlib
 import json
+import os
 import random
 import re
 from dataclasses import dataclass, field
@@ -279,12 +281,15 @@ def write_games(config: GamesConfig) -> Path:
     folder = Path(config.out) / LAYOUT / config.split
     if folder.exists():
         raise ValueError(f"{folder} is there already; remove it or choose another --out")
+    aside = folder.with_name(f".{folder.name}.{os.getpid()}")  # whole or not there: a killed run leaves no half
+    aside.mkdir(parents=True)
     engine, taken = Engine(), set()
     numbers = tqdm(range(config.games), desc=f"writing {config.split}", unit="game")
     games = [make_game(engine, config, number, taken) for number in numbers]
     for name, text in [file for game in games for file in game.items()]:
-        (folder / name).parent.mkdir(parents=True, exist_ok=True)
-        (folder / name).write_text(text)
+        (aside / name).parent.mkdir(parents=True, exist_ok=True)
+        (aside / name).write_text(text)
+    os.replace(aside, folder)
     return folder
 
 
@@ -295,7 +300,7 @@ def main() -> None:
     try:
         (config,) = parser.parse_args_into_dataclasses()
         folder = write_games(config)
-    except ValueError as error:
+    except (ValueError, OSError) as error:
         parser.error(str(error))
     print(f"{config.games} games in {folder}; play them with --env alfworld --data {config.out}")
 

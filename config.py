@@ -19,7 +19,7 @@ def parse_config(config_class: type[Config], argv: Sequence[str] | None = None) 
     )
     try:
         config, unknown = parser.parse_args_into_dataclasses(argv, return_remaining_strings=True)
-    except (ValueError, ImportError) as error:
+    except (ValueError, ImportError, OSError) as error:
         parser.error(str(error))
     if unknown:
         parser.error(f"unknown arguments: {' '.join(unknown)}")
@@ -185,6 +185,8 @@ class EvalConfig(WorldConfig):
         self.require_tasks(self.split)
         if self.compare and len(self.compare) != 2:
             raise ValueError(f"compare takes two players, got {len(self.compare)}")
+        if self.compare and self.compare[0] == self.compare[1]:
+            raise ValueError(f"compare takes two different players, got {self.compare[0]} twice")
         for name in ("tasks", "batch_size", "max_step_tokens", "max_tokens"):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name} must be at least 1, got {getattr(self, name)}")

@@ -67,7 +67,7 @@ def _summary(episodes: list[Episode]) -> dict:
     low, high = wilson_interval(successes, len(episodes))
     number = max(1, len(episodes))
     scales = {"score": 100, "f1": 1}
-    reported = {name: scale for name, scale in scales.items() if episodes and all(name in e.info for e in episodes)}
+    reported = {name: scale for name, scale in scales.items() if any(name in e.info for e in episodes)}
     return {
         "episodes": len(episodes),
         "success": successes / number,
@@ -76,7 +76,7 @@ def _summary(episodes: list[Episode]) -> dict:
         "steps": len(steps) / number,
         "invalid": sum(not step.valid for step in steps) / max(1, len(steps)),
         "errors": sum("error" in e.info for e in episodes),
-    } | {name: scale * sum(e.info[name] for e in episodes) / number for name, scale in reported.items()}
+    } | {name: scale * sum(e.info.get(name, 0) for e in episodes) / number for name, scale in reported.items()}
 
 
 def columns(episodes: list[Episode]) -> dict[str, list[Episode]]:
@@ -87,26 +87,29 @@ def columns(episodes: list[Episode]) -> dict[str, list[Episode]]:
         by_split.setdefault(episode.task.split, []).append(episode)
     if len(by_split) == 1:
         return by_split
-    outside = [episode for episode in episodes if episode.task.split.startswith("ood")]
+    outside = [split for split in by_split if split.startswith("ood")]
+    if len(outside) == len(by_split) - 1:
+        by_split = {split if split in outside else "ID": part for split, part in by_split.items()}
     if outside:
-        by_split = {split if split.startswith("ood") else "ID": part for split, part in by_split.items()}
-        by_split["OOD"] = outside
+        by_split["OOD"] = [episode for episode in episodes if episode.task.split in outside]
     return by_split | {"overall": episodes}
 
 
 def compare(a: list[Episode], b: list[Episode]) -> dict:
     """b against a on the same tasks: difference in success, its 95 % bootstrap interval over tasks, McNemar's p.
 
-    Raises ValueError if the tasks are not the same ones in the same order.
+    The interval of fewer than two tasks is (-1, 1).  Raises ValueError unless the tasks are the same in the same order.
     """
     if [e.task for e in a] != [e.task for e in b]:
         raise ValueError("the two players did not play the same tasks")
     difference = np.array([y.success - x.success for x, y in zip(a, b, strict=True)], dtype=float)
-    interval = stats.bootstrap((difference,), np.mean, method="percentile", rng=0).confidence_interval
+    low, high = -1.0, 1.0
+    if len(difference) > 1:
+        low, high = stats.bootstrap((difference,), np.mean, method="percentile", rng=0).confidence_interval
     gained, lost = int((difference > 0).sum()), int((difference < 0).sum())
     p = stats.binomtest(gained, gained + lost).pvalue if gained + lost else 1.0
-    low, high = float(interval.low), float(interval.high)
-    return {"difference": difference.mean(), "low": low, "high": high, "gained": gained, "lost": lost, "p": float(p)}
+    numbers = {"difference": float(difference.mean()), "low": float(low), "high": float(high)}
+    return numbers | {"gained": gained, "lost": lost, "p": float(p)}
 
 
 # ---------------------------------------------------------------------------------------------------------- output
@@ -163,7 +166,8 @@ def main() -> None:
     transformers.utils.logging.disable_progress_bar()
     names = config.compare or [config.policy]
     players = [open_player(name) for name in names]
-    envs = make_envs(config.env, config.settings, config.batch_size)
+    at_once = config.batch_size if any(isinstance(player, Policy) for player in players) else 1
+    envs = make_envs(config.env, config.settings, at_once)
     try:
         splits = config.split or [split for split in held_out_splits(config.env) if envs[0].size(split) != 0]
         tasks = [task for split in splits for task in first_tasks(envs[0], config.env, split, config.tasks)]

@@ -25,7 +25,7 @@ from requests.adapters import HTTPAdapter
 from urllib3.util import Retry
 
 RETRIES = 2  # further attempts, for one query to a server
-BACKOFF = 0.5  # seconds before a further attempt, doubled each time
+BACKOFF = 0.5  # seconds; the first further attempt comes at once, the second after twice that
 MAX_BODY = 16 * 2**20  # bytes of a request
 
 
@@ -75,7 +75,7 @@ def read_jsonl(path: Path) -> Iterator[tuple[str, dict]]:
             where = f"{path}, line {number}"
             try:
                 record = json.loads(line)
-            except ValueError as error:  # broken UTF-8 included
+            except (ValueError, RecursionError) as error:  # broken UTF-8 included
                 raise ValueError(f"{where}: not JSON ({error})") from None
             if not isinstance(record, dict):
                 raise ValueError(f"{where}: not a JSON object")
@@ -163,7 +163,13 @@ class HttpRetriever:
         self.timeout, self._session = timeout, requests.Session()
         self._session.trust_env = False
         # What a second attempt may mend: no connection, no answer, half an answer, a server that has too much to do.
-        again = Retry(RETRIES, backoff_factor=BACKOFF, status_forcelist=[429, *range(500, 600)], allowed_methods=None)
+        again = Retry(
+            RETRIES,
+            backoff_factor=BACKOFF,
+            status_forcelist=[429, *range(500, 600)],
+            allowed_methods=None,
+            respect_retry_after_header=False,  # it may say an hour
+        )
         self._session.mount(url, HTTPAdapter(max_retries=again))
 
     def __call__(self, query: str, topk: int) -> list[Hit]:
@@ -213,6 +219,12 @@ def server(retrieve: Retriever, host: str, port: int) -> ThreadingHTTPServer:
         timeout = 60  # seconds for which a connection may stay silent
 
         def do_POST(self):
+            try:
+                self._answer()
+            except ConnectionError:  # the client has gone
+                self.close_connection = True
+
+        def _answer(self) -> None:
             try:
                 if self.path != "/retrieve":
                     self._reply(404, {"error": f"no {self.path} here, POST to /retrieve"})

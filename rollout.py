@@ -9,7 +9,9 @@ entropies come from the very logits that it was sampled from. The random numbers
 alone, so an episode is the same in whatever batch and on whatever rank it is played.
 """
 
+import logging
 import random
+from collections import Counter
 from collections.abc import Callable
 
 import numpy as np
@@ -131,12 +133,11 @@ def rollout(
 
 def _start(policy: Policy, envs: list[Env], tasks: list[Task], room: int) -> list[Episode]:
     """Reset the environments: episodes that hold what comes before the first response."""
-    starts = [env.reset(task.split, task.seed) for env, task in zip(envs, tasks, strict=False)]
-    episodes = [Episode(task, prompt, info=info) for task, (prompt, info) in zip(tasks, starts, strict=True)]
+    episodes = [_reset(env, task) for env, task in zip(envs, tasks, strict=False)]
     openings = policy.opening(envs[0].instructions, [episode.prompt for episode in episodes])
     for episode, ids in zip(episodes, openings, strict=True):
         episode.insert(ids)
-        episode.truncated = len(ids) > room
+        episode.truncated |= len(ids) > room
     return episodes
 
 
@@ -179,6 +180,17 @@ def _play(
             pending[row] = [ids[-1], *inserted]
 
 
+def _reset(env: Env, task: Task) -> Episode:
+    """An episode that holds the first observation; one that is over already if the environment raises."""
+    try:
+        prompt, info = env.reset(task.split, task.seed)
+    except Exception as error:  # see _step
+        episode = Episode(task, "", info={"task_type": "unknown", "success": False})
+        _break_off(episode, error)
+        return episode
+    return Episode(task, prompt, info=info)
+
+
 def _step(episode: Episode, env: Env, thought: str, action: str, entropy: float = 0.0, tokens: int = 0) -> None:
     """Do the action and append the step; its tokens are the episode's last ones.
 
@@ -187,26 +199,38 @@ def _step(episode: Episode, env: Env, thought: str, action: str, entropy: float 
     try:
         observation, reward, episode.terminated, episode.truncated, episode.info = env.step(action)
     except Exception as error:  # engines and servers raise what they like; an answer of theirs would not
-        observation, reward, episode.truncated = "", 0.0, True
-        episode.info = episode.info | {"valid": False, "error": f"{type(error).__name__}: {error}"}
+        observation, reward = "", 0.0
+        _break_off(episode, error)
     end = len(episode.ids)
     episode.steps.append(Step(thought, action, observation, episode.info["valid"], end - tokens, end, entropy))
     episode.reward += reward
+
+
+def _break_off(episode: Episode, error: Exception) -> None:
+    """End the episode as truncated, with the error on record and on the terminal."""
+    what = f"{type(error).__name__}: {error}"
+    logging.getLogger(__name__).warning("%s was broken off in step %d: %s", episode.task, len(episode.steps), what)
+    episode.truncated, episode.info = True, episode.info | {"valid": False, "error": what}
 
 
 # ------------------------------------------------------------------------------------------------ scripted players
 
 
 def play(env: Env, tasks: list[Task], player: Player, seed: int, desc: str = "play") -> list[Episode]:
-    """One episode of every task by a scripted player: episodes with steps, but without tokens."""
-    episodes = []
+    """One episode of every task by a scripted player: episodes with steps, but without tokens. A task that comes again
+    is played with other random numbers."""
+    episodes, times = [], Counter()
     for task in tqdm(tasks, desc=desc, unit="episode", leave=False, delay=2):
-        rng = random.Random(f"{seed}/{task.seed}")
-        prompt, info = env.reset(task.split, task.seed)
-        episode = Episode(task, prompt, info=info)
+        rng = random.Random(f"{seed}/{task.seed}/{times[task]}")
+        times[task] += 1
+        episode = _reset(env, task)
         while not episode.done:
-            thought, action = player(env, [step.action for step in episode.steps], rng)
-            _step(episode, env, thought, action)
+            try:
+                thought, action = player(env, [step.action for step in episode.steps], rng)
+            except Exception as error:  # it asks the environment what can be done, see _step
+                _break_off(episode, error)
+            else:
+                _step(episode, env, thought, action)
         episodes.append(episode)
     return episodes
 

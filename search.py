@@ -63,6 +63,8 @@ class SearchConfig:
                 raise ValueError(f"{name} must be at least 1, got {getattr(self, name)}")
         if self.passage_chars < 200:
             raise ValueError(f"passage_chars must be at least 200, got {self.passage_chars}")
+        if self.corpus and self.retriever:
+            raise ValueError("corpus and retriever exclude each other: a server has its own passages")
         if not 60 <= self.entities <= 10_000:
             raise ValueError(f"entities must be 60 to 10000, got {self.entities}")
         fewest, most = math.isqrt(self.entities - 1) + 1, len(SYLLABLES) // 2
@@ -114,9 +116,13 @@ def load_questions(source: str) -> tuple[list[Question], list[Passage]]:
     """
     questions, passages, unanswered = [], {}, []
     for where, record in _records(source):
-        text, answers = record.get("question"), _answers(record)
+        text = record.get("question")
         if not isinstance(text, str) or not text.strip():
             raise ValueError(f'{where}: no text in "question"')
+        try:
+            answers = _answers(record)
+        except TypeError as error:
+            raise ValueError(f"{where}: {error}") from None
         try:
             passages |= {passage.contents: passage for passage in _context(record)}
         except (AttributeError, KeyError, TypeError, ValueError):
@@ -136,17 +142,22 @@ def load_questions(source: str) -> tuple[list[Question], list[Passage]]:
 
 
 def _answers(record: dict) -> tuple[str, ...]:
-    """Those that are not empty once they are normalised."""
+    """Those that are not empty once they are normalised. Raises TypeError for one that is neither text nor number."""
     given = record.get("golden_answers") or record.get("answer")
-    answers = given if isinstance(given, list) else [given]
-    return tuple(str(answer) for answer in answers if answer is not None and normalize(str(answer)))
+    answers = [answer for answer in (given if isinstance(given, list) else [given]) if answer is not None]
+    if wrong := [answer for answer in answers if isinstance(answer, bool) or not isinstance(answer, str | int | float)]:
+        raise TypeError(f"{wrong[0]!r} is not an answer")
+    return tuple(str(answer) for answer in answers if normalize(str(answer)))
 
 
 def _context(record: dict) -> Iterator[Passage]:
     """HotpotQA's context: [[title, sentences], ...] in its own file, {title: [], sentences: []} on the hub."""
     context = record.get("context") or []
     pairs = zip(context["title"], context["sentences"], strict=True) if isinstance(context, dict) else context
-    for title, sentences in pairs:
+    for pair in pairs:
+        if not isinstance(pair, list | tuple):  # the two keys of a dict would pass for title and sentences
+            raise TypeError("a context is a list of [title, sentences]")
+        title, sentences = pair
         text = sentences if isinstance(sentences, str) else " ".join(sentence.strip() for sentence in sentences)
         yield Passage(title, f'"{title.strip()}"\n{text}')
 
@@ -175,8 +186,8 @@ def _json_records(path: Path) -> list:
         records = json.loads(path.read_bytes())
     except json.JSONDecodeError as error:
         raise ValueError(f"{path}, line {error.lineno}: not JSON ({error.msg})") from None
-    except UnicodeDecodeError as error:
-        raise ValueError(f"{path}: not UTF-8 ({error})") from None
+    except (ValueError, RecursionError) as error:  # broken UTF-8 included
+        raise ValueError(f"{path}: not JSON ({error})") from None
     if not isinstance(records, list):
         raise ValueError(f"{path}: not a list of questions")
     return records
@@ -202,7 +213,7 @@ def _hub_records(source: str) -> Iterable[dict]:
     config, _, split = rest.partition(":")
     try:
         return load_dataset(name, config or None, split=split or "train")
-    except (OSError, ValueError) as error:
+    except Exception as error:  # not there, no network, a loader script, broken data: each has its own class
         reason = str(error).partition("\n")[0]
         raise ValueError(f"{source}: neither a json, jsonl or parquet file nor a dataset ({reason})") from None
 
@@ -293,10 +304,8 @@ class Search:
 
     def _search(self, query: str) -> str:
         found = [hit.document for hit in self.library.retrieve(query, self.config.topk)]
-        texts = [passage.text[: self.config.passage_chars] for passage in found]
-        shown = [
-            f"{passage.title}: {text}" if passage.title else text for passage, text in zip(found, texts, strict=True)
-        ]
+        texts = [f"{passage.title}: {passage.text}" if passage.title else passage.text for passage in found]
+        shown = [text[: self.config.passage_chars] for text in texts]
         self.seen += shown
         return "\n".join(shown) or "Nothing found."
 
@@ -363,7 +372,7 @@ def main() -> None:
             serve(command, config)
         else:
             play(config)
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, ImportError, OverflowError) as error:
         sys.exit(f"search.py: {error}")
     except KeyboardInterrupt:
         pass

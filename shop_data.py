@@ -118,7 +118,7 @@ def parse(records: list, attributes: dict, human: dict, *, human_goals=True, see
         try:
             make = _human_goals if human_goals else _template_goals
             goals += make(products[asin], instructions.get(asin), rng, left_out)
-        except (AttributeError, LookupError, TypeError) as error:
+        except (AttributeError, LookupError, TypeError, ValueError) as error:
             raise ValueError(f"{source}: the instructions of product {asin} are broken: {error!r}") from error
     left_out["products of the instructions, not in the shop"] = sum(asin not in products for asin in instructions)
     if any(left_out.values()):
@@ -152,7 +152,7 @@ def _product(record: dict, found: dict, rng: random.Random) -> Product:
         price_tag=" to ".join(f"${price}" for price in prices),
         description=description,
         bullets=bullets,
-        attributes=tuple(found.get("attributes", ["DUMMY_ATTR"])),
+        attributes=_texts(found.get("attributes", ["DUMMY_ATTR"])),
         options=options,
     )
 
@@ -166,16 +166,22 @@ def _price_limit(price: float, rng: random.Random) -> tuple[float, str]:
     return limit, f", and price lower than {limit:.2f} dollars"
 
 
+def _texts(values: object) -> tuple[str, ...]:
+    """A list of texts. Raises TypeError for anything else: a lone text would count as a list of its letters."""
+    if not isinstance(values, list) or not all(isinstance(value, str) for value in values):
+        raise TypeError(f"{values!r} is not a list of texts")
+    return tuple(values)
+
+
 def _human_goals(item: Product, entries: list | None, rng: random.Random, left_out: Counter) -> list[Goal]:
     goals = []
-    for entry in entries or []:
-        wanted = tuple(entry["instruction_attributes"])
+    for entry in [] if entries is None else entries:
+        wanted, options = _texts(entry["instruction_attributes"]), _texts(entry["instruction_options"])
         if not wanted:
             left_out["instructions without an attribute"] += 1
             continue
         limit, words = _price_limit(item.price, rng)
-        text = entry["instruction"].strip(".") + words
-        goals.append(Goal(item.asin, text, wanted, tuple(entry["instruction_options"]), limit))
+        goals.append(Goal(item.asin, entry["instruction"].strip(".") + words, wanted, options, limit))
     return goals
 
 
@@ -183,7 +189,9 @@ def _template_goals(item: Product, entry: dict | None, rng: random.Random, left_
     if not entry or entry.get("instruction") is None:
         left_out["products without an instruction"] += 1
         return []
-    wanted = tuple(entry["instruction_attributes"])
+    wanted = _texts(entry["instruction_attributes"])
+    if not wanted:
+        raise ValueError("no attribute is wanted")
     limit, words = _price_limit(item.price, rng)
     names, goals = sorted(item.options), []
     for values in product(*(item.options[name] for name in names)):
@@ -224,10 +232,11 @@ KINDS = {
 def generate(products: int, goals: int, seed: int) -> tuple[list, dict, dict]:
     """Contents of the three files for a made-up shop: `products` products, up to `goals` instructions for each.
 
-    No two instructions are the same, so none can be for training and for testing at once. Equal arguments give equal
-    contents on every machine.
+    No two ask for the same, in whatever order of words, so none can be for training and for testing at once; nor do two
+    of those from a template. Equal arguments give equal contents on every machine.
     """
-    rng, records, found, human, seen = random.Random(f"shop/{seed}"), [], {}, {}, set()
+    rng, records, found, human = random.Random(f"shop/{seed}"), [], {}, {}
+    asked, asked_by_template = set(), set()  # (kind, attributes, option values)
     kinds = (list(KINDS) * (products // len(KINDS) + 1))[:products]
     rng.shuffle(kinds)
     for number, kind in enumerate(kinds):
@@ -236,20 +245,25 @@ def generate(products: int, goals: int, seed: int) -> tuple[list, dict, dict]:
         attributes = rng.sample(pool.split(), 3)
         options = {name: sorted(rng.sample(values, rng.randint(2, 3)), key=values.index) for name, values in axes}
         records.append(_record(asin, kind, category, path, attributes, options, rng))
-        found[asin] = {
-            "attributes": attributes,
-            "instruction": f"Find me {', '.join(attributes[:2])} {kind}",
-            "instruction_attributes": attributes[:2],
-        }
+        found[asin] = {"attributes": attributes, "instruction": None, "instruction_attributes": []}
+        for wanted in combinations(attributes, 2):  # a template asks for every choice of options
+            wishes = {(kind, frozenset(wanted), values) for values in product(*options.values())}
+            if not wishes & asked_by_template:
+                asked_by_template |= wishes
+                found[asin] |= {
+                    "instruction": f"Find me {', '.join(wanted)} {kind}",
+                    "instruction_attributes": [*wanted],
+                }
+                break
         wishes = list(product(combinations(attributes, 2), product(*options.values())))
         rng.shuffle(wishes)
         human[asin] = []
         for wanted, values in wishes:
             chosen = ", and ".join(f"{name}: {value}" for name, value in zip(options, values, strict=True))
-            text = f"i need {', '.join(wanted)} {kind} with {chosen}"
-            if text in seen or len(human[asin]) == goals:
+            text, wish = f"i need {', '.join(wanted)} {kind} with {chosen}", (kind, frozenset(wanted), values)
+            if wish in asked or len(human[asin]) == goals:
                 continue
-            seen.add(text)
+            asked.add(wish)
             entry = {"instruction": text, "instruction_attributes": list(wanted), "instruction_options": list(values)}
             human[asin].append(entry)
     return records, found, human
@@ -289,8 +303,13 @@ def main() -> None:
     parser.add_argument("--goals", type=int, default=10, help="instructions for each product, at most")
     parser.add_argument("--seed", type=int, default=GOAL_ORDER_SEED, help="another seed, another shop")
     args = parser.parse_args()
+    if args.products < 1 or args.goals < 1:
+        parser.error(f"products and goals must be at least 1, got {args.products} and {args.goals}")
     contents = generate(args.products, args.goals, args.seed)
-    write_files(args.out, contents)
+    try:
+        write_files(args.out, contents)
+    except OSError as error:
+        parser.error(str(error))
     print(f"{args.out}: {len(contents[0])} products, {sum(map(len, contents[2].values()))} instructions")
 
 

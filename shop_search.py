@@ -5,17 +5,19 @@ small print: stems, lengths that are remembered in one byte, single-precision sc
 of results is WebShop's page; libraries that compute BM25 in their own way order it otherwise.
 """
 
-import re
 from array import array
 from collections import Counter, defaultdict
 from collections.abc import Iterable
 
 import numpy as np
+import regex
 import Stemmer
 
 K1, B = np.float32(0.9), np.float32(0.4)  # pyserini's, not Lucene's own 1.2 and 0.75
-# A word, as Unicode sees it: 3.5, u.s.a. and women's are one word each.
-WORD = re.compile(r"\w+(?:(?:(?<=[^\W\d])['\u2019.:](?=[^\W\d])|(?<=\d)['\u2019.,;](?=\d))\w+)*")
+# Between two word boundaries of Unicode (3.5, u.s.a. and women's are one word each) a letter, a digit or a pictograph.
+BOUNDARY = regex.compile(r"(?V1w)\b")
+SPOKEN = regex.compile(r"[\p{Alphabetic}\p{Nd}\p{Extended_Pictographic}]")
+LONGEST = 255  # characters of a word; what is longer is cut up
 STOP_WORDS = """a an and are as at be but by for if in into is it no not of on or such that the their then there these
 they this to was will with""".split()  # noqa: SIM905
 STEMMER = Stemmer.Stemmer("porter")
@@ -27,7 +29,9 @@ def search_words(text: str) -> list[str]:
     >>> search_words("The men's running shoes, size 9.5")
     ['men', 'run', 'shoe', 'size', '9.5']
     """
-    words = (re.sub("['\u2019]s$", "", word) for word in WORD.findall(text.lower()))
+    found = (word for word in BOUNDARY.split(text.lower()) if SPOKEN.search(word))
+    pieces = (word[start : start + LONGEST] for word in found for start in range(0, len(word), LONGEST))
+    words = (regex.sub("['\u2019\uff07]s$", "", word) for word in pieces)
     return [STEMMER.stemWord(word) or word for word in words if word not in STOP_WORDS]
 
 

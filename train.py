@@ -136,7 +136,10 @@ def first_policy(config: TrainConfig, accelerator: Accelerator, env: Env) -> str
     with accelerator.main_process_first():
         tasks = [train_task(config, env.size("train"), number) for number in range(config.demonstrations)]
         player = careless_player(config.slip)
-        dialogues = [dialogue(env.instructions, episode) for episode in play(env, tasks, player, config.seed)]
+        played = play(env, tasks, player, config.seed, desc="demonstrations")
+        if broken := [episode.info["error"] for episode in played if "error" in episode.info]:
+            raise SystemExit(f"{len(broken)} of {len(played)} demonstrations were broken off: {broken[0]}")
+        dialogues = [dialogue(env.instructions, episode) for episode in played]
         return str(warm_start(dialogues, TinyConfig(), config.seed, Path(config.cache)))
 
 

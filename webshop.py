@@ -58,6 +58,8 @@ def _load_engine(root: str, products: int, human_goals: int, seed: int):
     except ImportError as error:
         install = f"pip install -r {root}/requirements.txt"
         raise ImportError(f"WebShop lacks a package ({error}); run: {install}") from error
+    except Exception as error:  # it loads spaCy's model and starts Java while it is imported
+        raise ValueError(f"WebShop in {root} does not start ({error!r}); to fetch what it needs: {setup}") from error
     if folder not in Path(engine.__file__).resolve().parents:
         raise ValueError(f"another WebShop, {engine.__file__}, is loaded already; there can be one for each process")
     settings = {"observation_mode": "text", "human_goals": bool(human_goals), "num_products": products or None}
