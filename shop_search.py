@@ -1,4 +1,4 @@
-"""The search of WebShop: Lucene's BM25 over English text, result for result, in plain numpy.
+"""The search of WebShop: Lucene's BM25 over text in Latin script, result for result, in plain numpy.
 
 WebShop searches with Lucene through pyserini. What decides the order of two products that fit about equally well is
 small print: stems, lengths that are remembered in one byte, single-precision scores. All of it is here, so that a page
@@ -14,9 +14,10 @@ import regex
 import Stemmer
 
 K1, B = np.float32(0.9), np.float32(0.4)  # pyserini's, not Lucene's own 1.2 and 0.75
-# Between two word boundaries of Unicode (3.5, u.s.a. and women's are one word each) a letter, a digit or a pictograph.
+# A word stands between two word boundaries of Unicode (3.5, u.s.a. and women's are one word each) and begins with a
+# letter, a digit or a pictograph. The two signs were pictographs when Lucene was built, and the star is in many titles.
 BOUNDARY = regex.compile(r"(?V1w)\b")
-SPOKEN = regex.compile(r"[\p{Alphabetic}\p{Nd}\p{Extended_Pictographic}]")
+SPOKEN = regex.compile(r"_*[\p{Alphabetic}\p{Nd}\p{Extended_Pictographic}\u2605\u266f]")
 LONGEST = 255  # characters of a word; what is longer is cut up
 STOP_WORDS = """a an and are as at be but by for if in into is it no not of on or such that the their then there these
 they this to was will with""".split()  # noqa: SIM905
@@ -29,7 +30,7 @@ def search_words(text: str) -> list[str]:
     >>> search_words("The men's running shoes, size 9.5")
     ['men', 'run', 'shoe', 'size', '9.5']
     """
-    found = (word for word in BOUNDARY.split(text.lower()) if SPOKEN.search(word))
+    found = (word for word in BOUNDARY.split(text.lower()) if SPOKEN.match(word))
     pieces = (word[start : start + LONGEST] for word in found for start in range(0, len(word), LONGEST))
     words = (regex.sub("['\u2019\uff07]s$", "", word) for word in pieces)
     return [STEMMER.stemWord(word) or word for word in words if word not in STOP_WORDS]

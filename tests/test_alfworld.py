@@ -380,9 +380,25 @@ def test_older_games_have_their_own_verb(data, tmp_path):
     assert "| put O in/on R |" in env.instructions
     assert "move" not in env.instructions
     for seed in range(6):
-        transcript = play(env, "train", seed, envs.careless_player(0.3))
-        assert transcript[-1][2] == 1.0
-        assert not any(action.startswith("move") for action, *_ in transcript[1:])
+        for player in (envs.careless_player(0.3), envs.oracle_player):  # the stored walkthrough still says move
+            transcript = play(env, "train", seed, player)
+            assert transcript[-1][2] == 1.0
+            assert not any(action.startswith("move") for action, *_ in transcript[1:])
+
+
+def test_the_oracle_does_not_run_to_and_fro_between_two_homes(env):
+    """With one wanted object in each of two possible homes the nearest home was always the other one."""
+    things, homes = ("pencil 1", "pencil 2"), ("shelf 1", "shelf 2")
+    facts = {key: set() for key in ("holds", "ishot", "isclean", "iscool", "opened", "openable", "cancontain")}
+    facts |= {
+        "objecttype": {(thing, "penciltype") for thing in things},
+        "inreceptacle": set(zip(things, homes, strict=True)),
+        "receptacletype": {(home, "shelftype") for home in homes},
+        "receptacleatlocation": {(home, home) for home in homes},
+    }
+    game = Game("", "pick_two_obj_and_place", "pencil", "shelf", "")
+    decide = lambda at: Oracle(game, facts | {"atlocation": {("agent1", at)}}, "move {o} to {r}").decide()[1]  # noqa: E731
+    assert [decide(at) for at in ("door", *homes)] == ["go to shelf 2", "go to shelf 2", "take pencil 2 from shelf 2"]
 
 
 # ------------------------------------------------------------------------------------------------------ the writer
@@ -438,6 +454,22 @@ def test_the_digest_sees_what_the_player_sees(data):
     )
     assert one == like
     assert len({one, other, moved}) == 3
+
+
+def test_a_killed_writer_leaves_nothing_that_is_taken_for_whole(data, tmp_path, monkeypatch):
+    import alfworld_games
+
+    make, made = alfworld_games.make_game, []
+
+    def killed(*args):
+        if made:
+            raise KeyboardInterrupt
+        return made.append(make(*args)) or made[0]
+
+    monkeypatch.setattr(alfworld_games, "make_game", killed)
+    with pytest.raises(KeyboardInterrupt):
+        alfworld_games.write_games(config_of(tmp_path, "train", games=2))
+    assert not (tmp_path / LAYOUT / "train").exists()
 
 
 def test_what_cannot_be_solved_is_drawn_again(data, tmp_path, monkeypatch):

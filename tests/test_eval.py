@@ -114,7 +114,8 @@ def test_score_f1_and_errors_are_summed_up_where_they_are_reported():
     episodes = [reporting("eval", True, score=1.0, f1=1.0), reporting("eval", False, score=0.25, error="E: gone")]
     summary = summarize(episodes)
     assert (summary["score"], summary["errors"]) == (62.5, 1)
-    assert "f1" not in summary
+    assert "f1" not in summarize([reporting("eval", True, score=1.0)])
+    assert summary["f1"] == 0.5  # an episode without counts 0
     f1 = [reporting("eval", True, f1=1.0), reporting("eval", False, f1=0.5)]
     assert summarize(f1)["f1"] == 0.75
 
@@ -124,6 +125,9 @@ def test_columns_are_splits_and_all_and_what_is_out_of_distribution():
     some = lambda split, number: [reporting(split, True, seed) for seed in range(number)]  # noqa: E731
     assert splits(some("eval", 2)) == {"eval": 2}
     assert splits(some("valid_seen", 2) + some("valid_unseen", 3)) == {"valid_seen": 2, "valid_unseen": 3, "overall": 5}
+    assert splits(some("train", 1) + some("eval", 2) + some("ood_comp", 3)) == {
+        "train": 1, "eval": 2, "ood_comp": 3, "OOD": 3, "overall": 6,
+    }  # fmt: skip
     paper = some("eval", 4) + some("ood_comp", 2) + some("ood_hops", 1)
     assert splits(paper) == {"ID": 4, "ood_comp": 2, "ood_hops": 1, "OOD": 3, "overall": 7}
 
@@ -181,6 +185,11 @@ def test_the_bootstrap_interval_has_the_quantiles_of_the_resampled_mean():
 def test_a_player_does_not_differ_from_itself():
     same = outcomes([1, 0, 1])
     assert compare(same, same) == {"difference": 0, "low": 0, "high": 0, "gained": 0, "lost": 0, "p": 1}
+
+
+def test_nothing_is_known_from_one_task():
+    result = compare(outcomes([0]), outcomes([1]))
+    assert (result["difference"], result["low"], result["high"]) == (1, -1, 1)
 
 
 def test_only_players_of_the_same_tasks_are_compared():
@@ -311,6 +320,7 @@ def test_a_checkpoint_is_played_the_same_in_batches_of_any_size(main, house_poli
         (["--temperature", "-0.5"], "temperature must not be negative, got -0.5"),
         (["--compare", "oracle"], "compare takes two players, got 1"),
         (["--compare", "oracle", "random", "oracle"], "compare takes two players, got 3"),
+        (["--compare", "oracle", "oracle"], "compare takes two different players, got oracle twice"),
     ],
 )
 def test_a_bad_argument_ends_with_a_line_that_names_it(main, capsys, argv, message):

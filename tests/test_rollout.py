@@ -473,6 +473,34 @@ def test_an_environment_that_raises_ends_its_episode_and_no_other():
     assert (first, last) == (untroubled[0], untroubled[2])
 
 
+def test_a_task_that_cannot_be_started_is_an_episode_without_steps(caplog):
+    class Closed(Toy):
+        def reset(self, split: str, seed: int) -> tuple[str, dict]:
+            if seed == 1:
+                raise ValueError("game 1 is broken")
+            return super().reset(split, seed)
+
+    first, broken, last = perform(scripted({0: [WIN], 1: [WIN], 2: [WAIT, WIN]}), Closed)
+    assert (first.success, last.success) == (True, True)
+    assert (broken.steps, broken.truncated, broken.success) == ([], True, False)
+    assert broken.info["error"] == "ValueError: game 1 is broken"
+    assert "seed=1" in caplog.text  # named
+    assert "game 1 is broken" in caplog.text
+    played = play(Closed(), [Task("toy", "train", 1)], lambda env, actions, rng: ("", "win"), 0)
+    assert [(e.steps, e.truncated) for e in played] == [([], True)]
+
+
+def test_a_player_that_raises_ends_its_episode():
+    def player(env, actions, rng):
+        if actions:
+            raise RuntimeError("no way to win")
+        return "", "wait"
+
+    (episode,) = play(Toy(), [Task("toy", "train", 0)], player, 0)
+    assert (len(episode.steps), episode.truncated) == (1, True)
+    assert episode.info["error"] == "RuntimeError: no way to win"
+
+
 def test_an_environment_that_raises_ends_the_scripted_players_episode_too():
     player = lambda env, actions, rng: ("", "wait")  # noqa: E731
     good, broken = play(Broken(), [Task("toy", "train", 0), Task("toy", "train", 1)], player, 0)
@@ -501,6 +529,15 @@ def test_play_draws_from_its_seed_and_the_task_alone():
     once = actions(tasks, 0)
     assert actions(tasks[::-1], 0)[::-1] == once
     assert all(a != b for a, b in zip(actions(tasks, 1), once, strict=True))
+
+
+def test_a_task_that_comes_again_is_played_otherwise():
+    """A finite split gave ten copies of each demonstration."""
+    env, task = make_envs("house", [], 1)[0], Task("house", "train", 0)
+    first, second, third = play(env, [task, task, task], PLAYERS["random"], seed=0)
+    assert first != second
+    assert second != third
+    assert play(env, [task], PLAYERS["random"], seed=0) == [first]
 
 
 def test_dialogue_alternates_and_ends_with_a_response():

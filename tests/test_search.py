@@ -472,6 +472,18 @@ def test_client_says_in_one_line_what_is_wrong(no_waiting, answer, message, time
     assert url in str(raised.value)
 
 
+def test_client_does_not_wait_as_long_as_the_server_asks_for(no_waiting):
+    """An hour, for each query of each environment."""
+
+    def later(handler):
+        handler.send_response(503)
+        handler.send_header("Retry-After", "3600")
+        handler.end_headers()
+
+    with running(scripted(later, reply({"result": [[HIT]]}))) as url:
+        assert len(HttpRetriever(url, 5)("Bo", 3)) == 1
+
+
 def test_client_does_not_wait_for_ever(no_waiting):
     released = threading.Event()
     start = time.monotonic()
@@ -619,6 +631,14 @@ def test_questions_without_an_answer_are_left_out_and_named(tmp_path):
         ("q.jsonl", '\n{"answer": "x"}', 'q.jsonl, line 2: no text in "question"'),
         ("q.jsonl", '{"question": "?", "answer": "x", "context": ["x"]}', 'q.jsonl, line 1: "context" is not'),
         ("q.jsonl", '{"question": "?", "answer": "x", "context": [[1, ["x"]]]}', 'q.jsonl, line 1: "context" is not'),
+        # the two keys of an object would pass for a title and its sentences
+        ("q.jsonl", '{"question": "?", "answer": "x", "context": [{"title": "a", "text": "b"}]}', '"context" is not'),
+        ("q.jsonl", '{"question": "?", "answer": {"value": "x"}}', "q.jsonl, line 1: {'value': 'x'} is not an answer"),
+        ("q.jsonl", '{"question": "?", "golden_answers": [["x"]]}', r"q.jsonl, line 1: \['x'\] is not an answer"),
+        ("q.jsonl", '{"question": "?", "answer": false}', "q.jsonl, line 1: False is not an answer"),
+        ("q.jsonl", '{"question": "?", "answer": true}', "q.jsonl, line 1: True is not an answer"),
+        ("q.json", "[" * 100_000, "q.json: not JSON"),
+        ("q.jsonl", "[" * 100_000, "q.jsonl, line 1: not JSON"),
         ("q.jsonl", "", "q.jsonl: no questions"),
         ("q.json", '[\n{"question": "?"\n', "q.json, line 3: not JSON"),
         ("q.json", "{}", "q.json: not a list of questions"),
@@ -657,6 +677,13 @@ def test_what_is_missing_is_said(tmp_path, monkeypatch):
         load_corpus(str(tmp_path / "b.jsonl"))
     with pytest.raises(ValueError, match="no contexts to search"):
         Search(SearchConfig(questions=write(tmp_path / "q.json", [{"question": "?", "answer": "x"}])))
+    with pytest.raises(ValueError, match="corpus and retriever exclude each other"):
+        SearchConfig(questions="q.json", corpus="c.jsonl", retriever="http://127.0.0.1:9")
+    broken = type(sys)("datasets")
+    broken.load_dataset = lambda *args, **kwargs: exec("raise RuntimeError('Dataset scripts are no longer supported')")
+    monkeypatch.setitem(sys.modules, "datasets", broken)
+    with pytest.raises(ValueError, match=r"some/dataset: neither .* nor a dataset \(Dataset scripts are no longer"):
+        load_questions("some/dataset")
     with pytest.raises(ValueError, match="a corpus without questions"):
         Search(SearchConfig(corpus=str(tmp_path / "b.jsonl")))
     monkeypatch.setitem(sys.modules, "datasets", None)
@@ -703,7 +730,12 @@ def test_command_line_shows_an_episode_or_one_line_of_error(monkeypatch, capsys)
     monkeypatch.setattr(sys, "argv", ["search.py", "--entities", "120", "--syllables", "12"])
     search.main()
     assert capsys.readouterr().out.endswith("reward 1\n")
-    for wrong in (["--corpus", "missing.jsonl", "--serve"], ["--topk", "0"], ["--questions", "missing.json"]):
+    for wrong in (
+        ["--serve", "--port", "70000"],
+        ["--corpus", "missing.jsonl", "--serve"],
+        ["--topk", "0"],
+        ["--questions", "missing.json"],
+    ):
         monkeypatch.setattr(sys, "argv", ["search.py", *wrong])
         with pytest.raises(SystemExit, match=r"^search\.py: [^\n]+$"):
             search.main()

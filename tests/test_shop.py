@@ -377,13 +377,15 @@ def test_thoughts_are_short(env):
     assert len(thought.split()) < 10
 
 
-def test_random_player(env, record_property):
-    """Reported, not bounded from above: a random player may be lucky."""
-    ends = [play(env, "test", seed, whim(seed))[-1] for seed in range(env.size("test"))]
-    success, score = (sum(end[5][key] for end in ends) / len(ends) for key in ("success", "score"))
-    record_property("random_success", success)
-    print(f"random player: success {success:.3f}, score {100 * score:.1f}")
-    assert 0 <= success <= score <= 1
+@pytest.mark.parametrize("human", [0, 1])
+def test_nothing_is_wanted_twice_in_whatever_words(human):
+    """ "insulated, handmade mug" for training and "handmade, insulated mug" for testing are one goal."""
+    catalogue = Shop(ShopConfig(human_goals=human)).catalogue
+    wishes = Counter(
+        (catalogue.products[goal.asin].query, frozenset(goal.attributes), frozenset(goal.options))
+        for goal in catalogue.goals
+    )
+    assert set(wishes.values()) == {1}
 
 
 def test_splits_are_disjoint_full_and_webshops(env):

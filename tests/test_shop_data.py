@@ -71,6 +71,24 @@ def test_search_results_are_lucenes():
     assert index.search("SHOES", 2) == ["B2", "B4"]
 
 
+@pytest.mark.parametrize(
+    ("text", "words"),
+    [
+        ("acme\u00ae mug\u2122 with lid\u00a9", ["acm", "\u00ae", "mug", "\u2122", "lid", "\u00a9"]),
+        ("ruler 5\u00bd inch m\u00b2", ["ruler", "5", "inch", "m"]),
+        ("\u2605\u2605 best \u2714 gift \U0001f600", ["\u2605", "\u2605", "best", "\u2714", "gift", "\U0001f600"]),
+        ("caf\u00e9 cafe\u0301 na\u00efve", ["caf\u00e9", "cafe\u0301", "na\u00efv"]),
+        ("it\uff07s \u2018quoted\u2019 l\u00b7l", ["quot", "l\u00b7l"]),
+        ("soft\u00adhyphen _snake_case", ["soft\u00adhyphen", "_snake_cas"]),
+        ("\u6f22\u5b57 \u30ab\u30bf\u30ab\u30ca", ["\u6f22", "\u5b57", "\u30ab\u30bf\u30ab\u30ca"]),
+        ("x" * 300, ["x" * 255, "x" * 45]),
+    ],
+)
+def test_words_are_lucenes(text, words):
+    """What Anserini's DefaultEnglishAnalyzer (Lucene 9.5, Porter stems) made of these texts."""
+    assert search_words(text) == words
+
+
 def test_words_of_the_search():
     assert search_words("Men\u2019s 3.5mm jack, 12,000 mAh; x-large 1/2 o'neil's") == (
         ["men", "3.5mm", "jack", "12,000", "mah", "x", "larg", "1", "2", "o'neil"]
@@ -193,6 +211,35 @@ def test_broken_products_are_named(change):
     records[4].update(change)
     with pytest.raises(ValueError, match=rf"shelf: product number 4 .{records[4]['asin']}. is broken"):
         parse(records, found, human, source="shelf")
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"instruction_attributes": "soft"},  # it would be read as four attributes
+        {"instruction_attributes": [None]},
+        {"instruction_options": "red"},
+        {"instruction_options": [["color", "red"]]},
+        {"instruction_options": {"color": "red"}},
+    ],
+)
+def test_instructions_of_another_shape_are_named(change):
+    records, found, human = generate(12, 3, 0)
+    human[records[4]["asin"]][0].update(change)
+    with pytest.raises(ValueError, match=rf"the instructions of product {records[4]['asin']} are broken: TypeError"):
+        parse(records, found, human)
+    found[records[5]["asin"]]["attributes"] = "soft"
+    with pytest.raises(ValueError, match=r"product number 5 .* is broken: TypeError"):
+        parse(records, found, human)
+
+
+@pytest.mark.parametrize("arguments", [["--products", "0"], ["--goals", "-1"], ["--out", __file__]])
+def test_bad_command_lines_end_with_one_line(arguments, tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(sys, "argv", ["shop_data.py", "--out", str(tmp_path), *arguments])
+    with pytest.raises(SystemExit) as end:
+        shop_data.main()
+    assert end.value.code == 2
+    assert "error: " in capsys.readouterr().err.splitlines()[-1]
 
 
 def test_broken_instructions_are_named():

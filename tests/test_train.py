@@ -188,6 +188,16 @@ def test_episodes_that_an_environment_broke_off_are_counted(run, monkeypatch):
     )
 
 
+def test_demonstrations_that_were_broken_off_are_not_cloned(run, monkeypatch, tmp_path):
+    def gone(env, action):
+        raise ConnectionError("gone")
+
+    monkeypatch.setattr(coin.Coin, "step", gone)
+    with pytest.raises(SystemExit, match="7 of 7 demonstrations were broken off: ConnectionError: gone"):
+        run(demonstrations=7, cache=str(tmp_path / "empty"))
+    assert not (tmp_path / "empty").exists()
+
+
 def test_a_run_learns_what_the_reward_asks_for(run):
     out = run(iterations=15, tasks_per_iteration=8, learning_rate=2e-3, eval_tasks=64, eval_every=15)
     before, after = (rows(out)[i]["eval/success"] for i in (0, -1))

@@ -158,6 +158,9 @@ def test_adapter_says_what_to_run(checkout, tmp_path):
     engine.write_text("import a_package_that_nobody_has")
     with pytest.raises(ImportError, match=r"a_package_that_nobody_has.*pip install -r .*WebShop/requirements.txt"):
         make_envs("webshop", [f"webshop_root={checkout}"], 1)
+    engine.write_text("raise OSError('no spaCy model')")  # and so it does where pyserini finds no Java
+    with pytest.raises(ValueError, match=r"does not start .OSError\('no spaCy model'\).*setup.sh -d small"):
+        make_envs("webshop", [f"webshop_root={checkout}"], 1)
     engine.write_text(ENGINE.replace("Server.built += 1", "open('items_shuffle.json')"))
     with pytest.raises(ValueError, match=r"does not start .FileNotFoundError.*setup.sh -d small"):
         make_envs("webshop", [f"webshop_root={checkout}"], 1)
