@@ -71,10 +71,7 @@ def _load_engine(root: str, products: int, human_goals: int, seed: int):
 
 
 class WebShopAdapter:
-    """One customer of the user's own WebShop, with the methods of `Shop`.
-
-    An engine that raises in mid-episode ends the episode as truncated, with the error in info["error"].
-    """
+    """One customer of the user's own WebShop, with the methods of `Shop`."""
 
     instructions = INSTRUCTIONS
     _numbers = count()
@@ -111,17 +108,14 @@ class WebShopAdapter:
     def step(self, action: str) -> tuple[str, float, bool, bool, dict]:
         """Do one action, unless WebShop would ignore it. The reward is 1.0 in the step that buys exactly what is
         wanted, else 0.0."""
-        valid, problem = not self.terminated and does_something(action, self.clickables()), {}
+        valid = not self.terminated and does_something(action, self.clickables())
         if valid:
-            try:
-                self.observation, score, self.terminated, _ = self.env.step(action)
-                self.score = float(score)
-            except Exception as error:  # the other episodes go on
-                valid, problem = False, {"error": repr(error)}
+            self.observation, score, self.terminated, _ = self.env.step(action)
+            self.score = float(score)
         self.steps += 1
         reward = float(valid and self.terminated and self.score == 1.0)
-        truncated = not self.terminated and (bool(problem) or self.steps >= self.config.max_steps)
-        return self.observation, reward, self.terminated, truncated, {"valid": valid, **self._info(), **problem}
+        truncated = not self.terminated and self.steps >= self.config.max_steps
+        return self.observation, reward, self.terminated, truncated, {"valid": valid, **self._info()}
 
     def admissible(self) -> list[str]:
         """Actions that do something now, in a fixed order, with the searches of `Shop.admissible`."""
