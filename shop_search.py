@@ -15,9 +15,10 @@ import Stemmer
 
 K1, B = np.float32(0.9), np.float32(0.4)  # pyserini's, not Lucene's own 1.2 and 0.75
 # A word stands between two word boundaries of Unicode (3.5, u.s.a. and women's are one word each) and begins with a
-# letter, a digit or a pictograph. The two signs were pictographs when Lucene was built, and the star is in many titles.
+# letter, a digit or a pictograph, which were more when Lucene was built than they are now: stars, cards, notes.
 BOUNDARY = regex.compile(r"(?V1w)\b")
-SPOKEN = regex.compile(r"_*[\p{Alphabetic}\p{Nd}\p{Extended_Pictographic}\u2605\u266f]")
+FORMER = "\u2388\u2600-\u2605\u2607-\u2612\u2614-\u2685\u2690-\u2705\u2708-\u2712\u2763-\u2767\U0001f000-\U0001f64f"
+SPOKEN = regex.compile(rf"_*[\p{{Alphabetic}}\p{{Nd}}\p{{Extended_Pictographic}}{FORMER}]")
 LONGEST = 255  # characters of a word; what is longer is cut up
 STOP_WORDS = """a an and are as at be but by for if in into is it no not of on or such that the their then there these
 they this to was will with""".split()  # noqa: SIM905
