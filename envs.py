@@ -10,11 +10,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, fields
 from typing import Any, Protocol
 
-import alfworld_env
-import house
-import search
-import shop
-import webshop
+from worlds import alfworld_env, coin, house, search, shop, webshop
 
 
 class Env(Protocol):
@@ -52,6 +48,7 @@ ENVIRONMENTS = {
     "alfworld": World(alfworld_env.AlfWorld, alfworld_env.AlfWorldConfig, alfworld_env.SPLITS),
     "webshop": World(webshop.make_webshop, shop.ShopConfig, shop.SPLITS),
     "search": World(search.Search, search.SearchConfig, search.SPLITS),
+    "coin": World(coin.Coin, coin.CoinConfig, coin.SPLITS),
 }
 
 

@@ -3,7 +3,7 @@
 # 3 minutes for the games, 28 on two cores for the rest. First: pip install --no-deps -r requirements-alfworld.txt
 set -euo pipefail
 games=out/alfworld_games out=out/alfworld
-write() { [ -d $games/json_2.1.1/$1 ] || python alfworld_games.py --out $games --split $1 --games $2 --receptacles 6 --objects 6; }
+write() { [ -d $games/json_2.1.1/$1 ] || python -m worlds.alfworld_games --out $games --split $1 --games $2 --receptacles 6 --objects 6; }
 write train 500 && write valid_seen 300 && write valid_unseen 300
 world="--env alfworld --data $games --env_args max_steps=20"
 limits="--max_step_tokens 48 --max_tokens 3000"

@@ -16,7 +16,7 @@ def alfworld_data(tmp_path_factory) -> str:
     """A folder with a few small games in all three splits; a test that needs it is skipped without the engine."""
     for package in ("alfworld", "textworld"):
         pytest.importorskip(package, reason=ALFWORLD_INSTALL)
-    from alfworld_games import GamesConfig, write_games
+    from worlds.alfworld_games import GamesConfig, write_games
 
     out = tmp_path_factory.mktemp("games")
     for split, number in ALFWORLD_GAMES.items():

@@ -164,7 +164,7 @@ def test_the_oracle_always_succeeds_a_careless_player_less_a_random_one_rarely(p
     (env,) = build(name, [], 1)
     tasks = len(first_seeds(env, split, 60))
     assert successes(env, split, oracle_player) == tasks
-    assert successes(env, split, random_player) < 0.1 * tasks
+    assert successes(env, split, random_player) < (0.8 if name == "coin" else 0.1) * tasks  # a coin has two sides
     assert successes(env, split, random_player) < successes(env, split, careless_player(0.5)) <= tasks
 
 

@@ -8,7 +8,6 @@ import sys
 from itertools import chain
 from pathlib import Path
 
-import coin
 import pytest
 import torch
 from safetensors.torch import load_file
@@ -20,6 +19,7 @@ from checkpoint import CheckpointError, checkpoints, verify_checkpoint
 from config import TrainConfig, parse_config
 from episode import load_episodes
 from policy import load_policy
+from worlds.coin import Coin
 
 ROOT = Path(__file__).parents[1]
 # Demonstrations that slip in every third step: about half of the episodes of a group succeed, at random.
@@ -38,11 +38,6 @@ SMALL = {
 }
 
 ONE_UPDATE = {"iterations": 1, "epochs": 3, "max_rounds": 1}
-
-
-@pytest.fixture(scope="module", autouse=True)
-def _coin_world():
-    coin.register()
 
 
 @pytest.fixture(scope="module")
@@ -135,7 +130,7 @@ def test_two_ranks_train_as_one_does(run, cache, tmp_path):
     flags |= {"out": str(tmp_path / "two"), "cache": str(cache)}
     one = run("one", **{name: value for name, value in flags.items() if name != "out"})
     arguments = [text for name, value in flags.items() for text in (f"--{name}", str(value))]
-    result = launch("--num_processes", "2", "--cpu", str(ROOT / "tests" / "coin.py"), *arguments)
+    result = launch("--num_processes", "2", "--cpu", str(ROOT / "train.py"), *arguments)
     assert result.returncode == 0, result.stderr[-2000:]
     for a, b in zip(rows(one), rows(tmp_path / "two"), strict=True):
         assert b == pytest.approx(a, abs=1e-4)
@@ -174,7 +169,7 @@ def test_what_a_run_started_from_can_be_compared_with_what_came_out(run):
 
 
 def test_episodes_that_an_environment_broke_off_are_counted(run, monkeypatch):
-    step, calls = coin.Coin.step, []
+    step, calls = Coin.step, []
 
     def sometimes(env, action):
         calls.append(action)
@@ -183,7 +178,7 @@ def test_episodes_that_an_environment_broke_off_are_counted(run, monkeypatch):
         return step(env, action)
 
     played = run("whole", iterations=1)
-    monkeypatch.setattr(coin.Coin, "step", sometimes)
+    monkeypatch.setattr(Coin, "step", sometimes)
     broken = rows(run("broken", iterations=1, policy=str(played / "first_policy")))[-1]
     assert broken["episode/errors"] > 0
     assert rows(played)[-1]["episode/errors"] == 0
@@ -196,7 +191,7 @@ def test_demonstrations_that_were_broken_off_are_not_cloned(run, monkeypatch, tm
     def gone(env, action):
         raise ConnectionError("gone")
 
-    monkeypatch.setattr(coin.Coin, "step", gone)
+    monkeypatch.setattr(Coin, "step", gone)
     with pytest.raises(SystemExit, match="7 of 7 demonstrations were broken off: ConnectionError: gone"):
         run(demonstrations=7, cache=str(tmp_path / "empty"))
     assert not (tmp_path / "empty").exists()
@@ -295,10 +290,8 @@ def test_dynamic_sampling_keeps_groups_that_differ(run, monkeypatch):
 
 def test_dynamic_sampling_gives_up_with_a_message(run, capsys, monkeypatch):
     """Without a cap a policy that never succeeds samples for ever."""
-    before = coin.Coin.step
-    monkeypatch.setattr(
-        coin.Coin, "step", lambda self, action: before(self, "left" if self.side == "right" else "right")
-    )
+    before = Coin.step
+    monkeypatch.setattr(Coin, "step", lambda self, action: before(self, "left" if self.side == "right" else "right"))
     out = run(iterations=2, algorithm="dapo", max_rounds=2)
     assert "of 6 groups only 0 differ" in capsys.readouterr().out
     assert [row["group/kept"] for row in rows(out)[1:]] == [0, 0]

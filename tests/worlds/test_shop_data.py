@@ -10,15 +10,13 @@ from pathlib import Path
 
 import pytest
 
-import shop
-import shop_data
-import shop_search
 from envs import make_envs
-from shop import Shop, ShopConfig
-from shop_data import KINDS, generate, load_files, parse, write_files
-from shop_search import Index, search_words
+from worlds import shop, shop_data, shop_search
+from worlds.shop import Shop, ShopConfig
+from worlds.shop_data import KINDS, generate, load_files, parse, write_files
+from worlds.shop_search import Index, search_words
 
-REPOSITORY = Path(__file__).parent.parent
+REPOSITORY = Path(__file__).parents[2]
 
 
 @pytest.mark.parametrize("module", [shop, shop_data, shop_search])
@@ -121,7 +119,7 @@ def test_generator_is_deterministic_and_its_files_load_back_equal(tmp_path):
 
 
 def test_command_line(tmp_path):
-    command = [sys.executable, REPOSITORY / "shop_data.py", "--out", tmp_path, "--products", "24", "--goals", "4"]
+    command = [sys.executable, "-m", "worlds.shop_data", "--out", tmp_path, "--products", "24", "--goals", "4"]
     done = subprocess.run(command, capture_output=True, text=True, check=True)
     assert "24 products" in done.stdout
     assert len(load_files(tmp_path)[0]) == 24

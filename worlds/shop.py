@@ -21,8 +21,8 @@ from functools import cache, lru_cache
 from rapidfuzz.fuzz import token_set_ratio
 from rapidfuzz.utils import default_process
 
-from shop_data import PATH_MARK, Goal, Product, generate, load_files, parse
-from shop_search import Index
+from worlds.shop_data import PATH_MARK, Goal, Product, generate, load_files, parse
+from worlds.shop_search import Index
 
 SPLITS = ("train", "eval", "test")
 SEP = " [SEP] "

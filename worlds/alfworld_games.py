@@ -1,8 +1,8 @@
 """Write games that the real ALFWorld engine plays, for machines that cannot fetch the published ones.
 
-    python alfworld_games.py --out games --split train --games 200
-    python alfworld_games.py --out games --split valid_seen --games 100
-    python alfworld_games.py --out games --split valid_unseen --games 100
+    python -m worlds.alfworld_games --out games --split train --games 200
+    python -m worlds.alfworld_games --out games --split valid_seen --games 100
+    python -m worlds.alfworld_games --out games --split valid_unseen --games 100
 
 These are games in ALFWorld's format, not the published benchmark: domain, grammar, goals and the receptacles of the 120
 rooms are what the alfworld package ships, but which objects lie where is drawn at random (the published placements come
@@ -34,8 +34,8 @@ except ImportError as error:
         f"ALFWorld's engine is not installed ({error}); run: pip install --no-deps -r requirements-alfworld.txt"
     ) from error
 
-from alfworld_engine import Engine, EngineError
-from alfworld_env import LAYOUT, SPLITS, TASK_TYPES, TREATMENT
+from worlds.alfworld_engine import Engine, EngineError
+from worlds.alfworld_env import LAYOUT, SPLITS, TASK_TYPES, TREATMENT
 
 PLANS = Path(alfworld.gen.__path__[0]) / "layouts"
 FIXED = constants.RECEPTACLES - constants.MOVABLE_RECEPTACLES_SET

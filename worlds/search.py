@@ -8,8 +8,8 @@ Differences from Search-R1: actions are `search[words]` and `answer[text]`, so t
 environment here; every observation ends with the question, so that a very small model need not remember it; passages
 are cut to `passage_chars`. Not covered: MuSiQue's and WebWalker's own file formats, and reading whole web pages.
 
-    python search.py                        # what a faultless episode looks like
-    python search.py --serve --port 8000    # the passages over HTTP, for --retriever http://127.0.0.1:8000
+    python -m worlds.search                        # what a faultless episode looks like
+    python -m worlds.search --serve --port 8000    # the passages over HTTP, for --retriever http://127.0.0.1:8000
 """
 
 import hashlib
@@ -25,8 +25,8 @@ from dataclasses import dataclass, field
 from functools import lru_cache
 from pathlib import Path
 
-from retrieval import Bm25, HttpRetriever, Passage, Retriever, RetrieverError, load_corpus, read_jsonl, server
-from search_world import SPLITS, SYLLABLES, Question, build_world
+from worlds.retrieval import Bm25, HttpRetriever, Passage, Retriever, RetrieverError, load_corpus, read_jsonl, server
+from worlds.search_world import SPLITS, SYLLABLES, Question, build_world
 
 NOTHING = "Nothing happens."
 ACTION = re.compile(r"(search|answer)\[(.*)\]", re.IGNORECASE | re.DOTALL)
@@ -334,7 +334,7 @@ class Search:
 
 @dataclass(frozen=True)
 class CommandConfig:
-    """What `python search.py` does."""
+    """What `python -m worlds.search` does."""
 
     serve: bool = _setting(False, "answer queries over HTTP until interrupted, instead of playing an episode")
     host: str = _setting("127.0.0.1", "address to serve at; 0.0.0.0 for every machine that can reach this one")

@@ -4,7 +4,7 @@ Three JSON files describe a shop: its products, the attributes that were found i
 was put together from a template), and the instructions that people wrote. `load_files` reads a folder of them: the
 published ones, or the output of
 
-    python shop_data.py --out DIR --products 500
+    python -m worlds.shop_data --out DIR --products 500
 
 which writes a small shop of short titles and few options. All its names are invented; nothing in it is for sale.
 Price limits are drawn the way the engine draws them, from the same random numbers, so both know the same goals.
@@ -75,7 +75,7 @@ def load_files(folder: str, *, limit: int = 0, human_goals: bool = True, seed: i
     if not pairs:
         raise ValueError(
             f"{folder} has neither {PRODUCT_FILES[0][0]} nor {PRODUCT_FILES[1][0]}; "
-            f"WebShop's setup.sh downloads them, `python shop_data.py --out {folder}` writes made-up ones"
+            f"WebShop's setup.sh downloads them, `python -m worlds.shop_data --out {folder}` writes made-up ones"
         )
     names = (*pairs[0], HUMAN_FILE)
     records, attributes, human = (_read_json(Path(folder) / name) for name in names)

@@ -15,13 +15,13 @@ import pytest
 from conftest import ALFWORLD_GAMES, ALFWORLD_INSTALL
 
 import envs
-from alfworld_env import LAYOUT, SPLITS, TASK_TYPES, AlfWorld, AlfWorldConfig, Game, Oracle, find_games
+from worlds.alfworld_env import LAYOUT, SPLITS, TASK_TYPES, AlfWorld, AlfWorldConfig, Game, Oracle, find_games
 
-ROOT = Path(__file__).parents[1]
+ROOT = Path(__file__).parents[2]
 
 
 def config_of(out: Path, split: str, **changes):
-    from alfworld_games import GamesConfig
+    from worlds.alfworld_games import GamesConfig
 
     return GamesConfig(str(out), split, **{"games": ALFWORLD_GAMES[split], "receptacles": 12, "objects": 10} | changes)
 
@@ -121,7 +121,7 @@ def test_games_of_other_task_types_are_left_out(tmp_path):
 
 def test_a_split_without_games_names_the_command(tmp_path):
     put(tmp_path, "a", solvable=False)
-    with pytest.raises(ValueError, match=r"1 left out: not solvable; run .*alfworld_games.py --out .* --split train"):
+    with pytest.raises(ValueError, match=r"1 left out: not solvable; run .*alfworld_games --out .* --split train"):
         find_games(tmp_path, "train", TASK_TYPES)
     with pytest.raises(ValueError, match=r"no playable game in .*--split valid_seen"):
         find_games(tmp_path, "valid_seen", TASK_TYPES)
@@ -325,7 +325,7 @@ def test_the_command_line_is_left_alone(env):
 
 
 def test_no_data_names_the_command(data, tmp_path, monkeypatch):
-    message = r"no ALFWorld games in .*alfworld-download.*python alfworld_games.py --out .* --split train --games 100"
+    message = r"no ALFWorld games in .*alfworld-download.*worlds.alfworld_games --out .* --split train --games 100"
     with pytest.raises(ValueError, match=message):
         AlfWorld(AlfWorldConfig(data=str(tmp_path)))
     monkeypatch.setenv("ALFWORLD_DATA", str(tmp_path))
@@ -361,7 +361,7 @@ def test_a_game_that_the_engine_cannot_read_is_named(data, tmp_path, key, old, n
 
 
 def test_an_engine_that_raises_can_be_reset(env, monkeypatch):
-    from alfworld_engine import EngineError
+    from worlds.alfworld_engine import EngineError
 
     env.reset("train", 0)
     with monkeypatch.context() as patch:
@@ -409,7 +409,7 @@ def texts(folder: Path) -> dict[str, str]:
 
 
 def test_same_seed_same_files_other_seed_other_files(data, tmp_path):
-    code = "import sys; from alfworld_games import *; write_games(GamesConfig(sys.argv[1], games=6, receptacles=12, "
+    code = "import sys; from worlds.alfworld_games import *; write_games(GamesConfig(sys.argv[1], games=6, receptacles=12, "
     for seed in "01":
         python(f"{code}objects=10, seed={seed}))", str(tmp_path / seed), PYTHONHASHSEED="7")
     first = texts(tmp_path / "0")
@@ -428,7 +428,7 @@ def test_unseen_rooms_are_in_no_other_split(data):
 
 def test_no_game_is_in_two_splits(data, monkeypatch):
     """Draws from a world so small that the same start comes up in both, were it not for the split of the digests."""
-    import alfworld_games
+    from worlds import alfworld_games
 
     monkeypatch.setattr(alfworld_games, "solve", lambda engine, game: ["look"])
     monkeypatch.setattr(alfworld_games.constants, "TRAIN_SCENE_NUMBERS", [410])
@@ -444,7 +444,7 @@ def test_no_game_is_in_two_splits(data, monkeypatch):
 
 
 def test_the_digest_sees_what_the_player_sees(data):
-    from alfworld_games import Draw, make_room
+    from worlds.alfworld_games import Draw, make_room
 
     room = make_room(10, 12)
     spots = list(room.location)
@@ -457,7 +457,7 @@ def test_the_digest_sees_what_the_player_sees(data):
 
 
 def test_a_killed_writer_leaves_nothing_that_is_taken_for_whole(data, tmp_path, monkeypatch):
-    import alfworld_games
+    from worlds import alfworld_games
 
     make, made = alfworld_games.make_game, []
 
@@ -473,7 +473,7 @@ def test_a_killed_writer_leaves_nothing_that_is_taken_for_whole(data, tmp_path, 
 
 
 def test_what_cannot_be_solved_is_drawn_again(data, tmp_path, monkeypatch):
-    import alfworld_games
+    from worlds import alfworld_games
 
     solve, refused = alfworld_games.solve, []
 
@@ -496,7 +496,7 @@ def test_what_cannot_be_solved_is_drawn_again(data, tmp_path, monkeypatch):
 
 
 def test_a_game_without_a_way_to_win_has_no_solution(env, data):
-    from alfworld_games import solve
+    from worlds.alfworld_games import solve
 
     env.reset("train", 0)
     game = json.loads(Path(env.game.path).read_text())
@@ -506,7 +506,7 @@ def test_a_game_without_a_way_to_win_has_no_solution(env, data):
 
 
 def test_games_that_are_there_stay(data):
-    from alfworld_games import write_games
+    from worlds.alfworld_games import write_games
 
     with pytest.raises(ValueError, match="is there already; remove it or choose another --out"):
         write_games(config_of(Path(data), "train"))
@@ -515,7 +515,7 @@ def test_games_that_are_there_stay(data):
 @pytest.mark.parametrize("arguments", [["--games", "0"], ["--split", "test"], ["--objects", "many"], ["--speed", "9"]])
 def test_a_bad_command_line_ends_with_status_2(data, tmp_path, monkeypatch, capsys, arguments):
     pytest.importorskip("transformers")
-    from alfworld_games import main
+    from worlds.alfworld_games import main
 
     monkeypatch.setattr(sys, "argv", ["alfworld_games.py", "--out", str(tmp_path), *arguments])
     with pytest.raises(SystemExit) as end:

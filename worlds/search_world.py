@@ -12,7 +12,7 @@ import random
 from dataclasses import dataclass
 from itertools import pairwise, product
 
-from retrieval import Passage
+from worlds.retrieval import Passage
 
 SPLITS = ("train", "eval", "ood_comp", "ood_hops")
 PARTS_OF_20 = {"person": 8, "city": 3, "company": 3, "film": 4, "country": 2}  # kind -> its share of the entities

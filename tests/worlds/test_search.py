@@ -19,12 +19,11 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-import retrieval
-import search
 from envs import PLAYERS, careless_player, make_envs
-from retrieval import Bm25, Hit, HttpRetriever, Passage, RetrieverError, load_corpus, terms
-from search import NOTHING, Search, SearchConfig, exact_match, f1, load_questions, normalize, split_of
-from search_world import HELD_OUT, RELATIONS, SPLITS, SYLLABLES, build_world, paths, split_paths
+from worlds import retrieval, search
+from worlds.retrieval import Bm25, Hit, HttpRetriever, Passage, RetrieverError, load_corpus, terms
+from worlds.search import NOTHING, Search, SearchConfig, exact_match, f1, load_questions, normalize, split_of
+from worlds.search_world import HELD_OUT, RELATIONS, SPLITS, SYLLABLES, build_world, paths, split_paths
 
 SMALL = SearchConfig(entities=120, syllables=12)
 
@@ -135,10 +134,8 @@ def test_bm25s_does_not_start_jax(tmp_path):
     """It took 105 GiB of a GPU, and the next program on it failed."""
     (tmp_path / "jax").mkdir()
     (tmp_path / "jax" / "__init__.py").write_text("raise SystemExit('jax was started')")
-    code = (
-        "import sys; from retrieval import *; print(Bm25([Passage('0', 'bo')])('bo', 1)[0].score, 'jax' in sys.modules)"
-    )
-    command, paths = [sys.executable, "-c", code], f"{tmp_path}{os.pathsep}{os.path.dirname(search.__file__)}"
+    code = "import sys; from worlds.retrieval import *; print(Bm25([Passage('0', 'bo')])('bo', 1)[0].score, 'jax' in sys.modules)"
+    command, paths = [sys.executable, "-c", code], f"{tmp_path}{os.pathsep}{os.getcwd()}"
     done = subprocess.run(command, env=os.environ | {"PYTHONPATH": paths}, capture_output=True, text=True)
     assert (done.returncode, done.stdout.split()[1:]) == (0, ["False"]), done.stderr
 
@@ -715,7 +712,7 @@ def test_observations_are_text_whatever_is_in_them(tmp_path):
 
 def test_serving_from_the_command_line(tmp_path):
     corpus = write(tmp_path / "c.jsonl", '{"id": "3", "contents": "bo lin"}\n')
-    command = [sys.executable, search.__file__, "--serve", "--port", "0", "--corpus", corpus]
+    command = [sys.executable, "-m", "worlds.search", "--serve", "--port", "0", "--corpus", corpus]
     process = subprocess.Popen(command, stdout=subprocess.PIPE, text=True, env=os.environ | {"OMP_NUM_THREADS": "1"})
     try:
         url = process.stdout.readline().split()[2].rstrip(",").removesuffix("/retrieve")

@@ -9,10 +9,10 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-import shop
 from envs import ENVIRONMENTS, make_envs, random_player
-from shop import SEP, SPLITS, Catalogue, Shop, ShopConfig, choose_options, load_catalogue, split_range
-from shop_data import Goal, Product
+from worlds import shop
+from worlds.shop import SEP, SPLITS, Catalogue, Shop, ShopConfig, choose_options, load_catalogue, split_range
+from worlds.shop_data import Goal, Product
 
 
 def product(asin="B1", **changes):

@@ -9,7 +9,7 @@ without games and broken files are errors; `help` is not offered; every observat
 very small model need not remember it (setting `restate_task`).
 
 To play: pip install --no-deps -r requirements-alfworld.txt, then `alfworld-download` or
-`python alfworld_games.py --out DIR --split train --games 100`, and --env alfworld --data DIR.
+`python -m worlds.alfworld_games --out DIR --split train --games 100`, and --env alfworld --data DIR.
 """
 
 import functools
@@ -92,7 +92,7 @@ def data_folder(data: str) -> Path:
     if next(root.rglob("game.tw-pddl"), None) is None:
         raise ValueError(
             f"no ALFWorld games in {root}; run `alfworld-download` for the published ones, or "
-            f"`python alfworld_games.py --out {root.parent} --split train --games 100` to write some, "
+            f"`python -m worlds.alfworld_games --out {root.parent} --split train --games 100` to write some, "
             "and name their folder with --data or $ALFWORLD_DATA"
         )
     return root
@@ -119,7 +119,7 @@ def find_games(root: Path, split: str, task_types: tuple[str, ...]) -> tuple[Gam
     if not games:
         raise ValueError(
             f"no playable game in {root / split}{reasons}; run `alfworld-download`, or "
-            f"`python alfworld_games.py --out {root.parent} --split {split} --games 100`"
+            f"`python -m worlds.alfworld_games --out {root.parent} --split {split} --games 100`"
         )
     if skipped:
         logging.getLogger(__name__).warning("%s: %d games%s", root / split, len(games), reasons)
@@ -181,7 +181,10 @@ class AlfWorld:
     """
 
     def __init__(self, config: AlfWorldConfig | None = None):
-        from alfworld_engine import NOTHING, Engine  # here, so that the project works without the engine's packages
+        from worlds.alfworld_engine import (  # here, so that the project works without the engine's packages
+            NOTHING,
+            Engine,
+        )
 
         self.config, self._nothing = config or AlfWorldConfig(), NOTHING
         self._root = data_folder(self.config.data)

@@ -11,7 +11,7 @@ from functools import cache
 from itertools import count
 from pathlib import Path
 
-from shop import (
+from worlds.shop import (
     INSTRUCTIONS,
     Shop,
     ShopConfig,

@@ -6,10 +6,10 @@ import sys
 import numpy as np
 import pytest
 
-import webshop
 from envs import make_envs
-from shop import SPLITS
-from webshop import WebShopAdapter
+from worlds import webshop
+from worlds.shop import SPLITS
+from worlds.webshop import WebShopAdapter
 
 # What the adapter needs of WebShop, with its traps: a goal is only obeyed if its number is an int, the global random
 # generator is drawn from, a step after the purchase or with a strange search raises.

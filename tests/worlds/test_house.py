@@ -16,7 +16,19 @@ from pathlib import Path
 import pytest
 
 from envs import careless_player
-from house import APPLIANCES, LAMP, NOTE, NOTHING, OBJECTS, OPENABLE, TASK_TYPES, Goal, House, HouseConfig, kind_of
+from worlds.house import (
+    APPLIANCES,
+    LAMP,
+    NOTE,
+    NOTHING,
+    OBJECTS,
+    OPENABLE,
+    TASK_TYPES,
+    Goal,
+    House,
+    HouseConfig,
+    kind_of,
+)
 
 PLACE, LIGHT, CLEAN, *_, TWO = TASK_TYPES
 DEFAULT = HouseConfig()
@@ -132,7 +144,7 @@ def test_a_task_is_the_same_text_on_every_machine():
 
 @pytest.mark.parametrize("hash_seed", ["1", "2"])
 def test_another_process_plays_the_same_episodes(hash_seed):
-    path = os.pathsep.join(str(folder) for folder in (Path(__file__).parent, Path(__file__).parent.parent))
+    path = os.pathsep.join(str(folder) for folder in (Path(__file__).parent, Path(__file__).parents[2]))
     command = [sys.executable, "-c", "from test_house import digest; print(digest())"]
     env = os.environ | {"PYTHONPATH": path, "PYTHONHASHSEED": hash_seed}
     printed = subprocess.run(command, env=env, capture_output=True, text=True, check=True).stdout
