@@ -8,9 +8,11 @@ the episode (see rollout.py).
 import hashlib
 import json
 import os
+import re
 import shutil
 import signal
 import time
+from dataclasses import asdict
 from pathlib import Path
 
 import torch
@@ -18,6 +20,7 @@ from accelerate import Accelerator
 from accelerate.utils import gather_object
 from tqdm import tqdm
 
+from config import TrainConfig
 from policy import Policy
 
 CHECKSUMS = "sha256.json"
@@ -26,6 +29,32 @@ KEEP = 2  # the newest and the one before it
 
 class CheckpointError(Exception):
     """A checkpoint could not be written or read; the message is one line for the user."""
+
+
+def run_position(config: TrainConfig) -> tuple[Path | None, dict]:
+    """The newest checkpoint of the run in config.out and the state saved with it; None and a new state for a new run.
+
+    Raises CheckpointError unless --resume says which of the two is meant and the checkpoint fits the configuration.
+    """
+    out, saved = config.out, checkpoints(Path(config.out))
+    if not config.resume:
+        if saved:
+            raise CheckpointError(
+                f"{out} holds a run already: go on with --resume, or choose another folder with --out"
+            )
+        return None, {"iteration": 0, "next_task": 0, "config": asdict(config)}
+    if not saved:
+        raise CheckpointError(f"there is no checkpoint in {out} to resume from")
+    verify_checkpoint(saved[-1])
+    state = json.loads((saved[-1] / "state.json").read_text())
+    free = ("iterations", "resume", "out", "cache", "eval_every", "checkpoint_every", "report_to", "batch_size")
+    changed = [name for name, value in state["config"].items() if name not in free and getattr(config, name) != value]
+    if changed:
+        flags = ", ".join(f"--{name} {state['config'][name]}" for name in changed)
+        raise CheckpointError(f"{out} was trained with {flags}; resume with the same, or start anew with another --out")
+    if config.iterations < state["iteration"] or (config.iterations == state["iteration"] and "after" not in state):
+        raise CheckpointError(f"{out} has {state['iteration']} iterations already; ask for more with --iterations")
+    return saved[-1], state
 
 
 def save_checkpoint(folder: Path, policy: Policy, optimizer: torch.optim.Optimizer, state: dict) -> None:
@@ -52,8 +81,9 @@ def save_checkpoint(folder: Path, policy: Policy, optimizer: torch.optim.Optimiz
 
 
 def checkpoints(out: Path) -> list[Path]:
-    """Complete checkpoints of a run, oldest first."""
-    return sorted(out.glob("checkpoint-*"))
+    """Complete checkpoints of a run, oldest first. A copy under another name, such as checkpoint-best, is not one."""
+    numbered = [path for path in out.glob("checkpoint-*") if re.fullmatch(r"checkpoint-\d{6,}", path.name)]
+    return sorted(numbered, key=lambda path: int(path.name.removeprefix("checkpoint-")))
 
 
 def checkpoint_path(out: Path, iteration: int) -> Path:
@@ -68,16 +98,17 @@ def verify_checkpoint(folder: Path) -> None:
         actual = _checksums(folder)
     except (OSError, ValueError) as error:
         raise CheckpointError(f"{folder} is no complete checkpoint ({error})") from error
-    for name, digest in expected.items():
-        if actual.get(name) != digest:
-            state = "damaged" if name in actual else "missing"
+    if not isinstance(expected, dict):
+        raise CheckpointError(f"{folder} is no complete checkpoint ({CHECKSUMS} holds no checksums)")
+    for name in sorted({"state.json", "optimizer.pt", *expected, *actual}):
+        if expected.get(name) != actual.get(name) or name not in actual:
+            state = "missing" if name not in actual else "damaged" if name in expected else f"not in {CHECKSUMS}"
             raise CheckpointError(f"{folder} cannot be used: {name} is {state}; delete the folder to fall back")
 
 
-def load_state(folder: Path, optimizer: torch.optim.Optimizer) -> dict:
-    """Restore the optimizer, in place, and return the state that was saved."""
+def load_optimizer(folder: Path, optimizer: torch.optim.Optimizer) -> None:
+    """Restore the optimizer, in place."""
     optimizer.load_state_dict(torch.load(folder / "optimizer.pt", weights_only=True, map_location="cpu"))
-    return json.loads((folder / "state.json").read_text())
 
 
 def _checksums(folder: Path) -> dict[str, str]:

@@ -1,22 +1,53 @@
-"""Every flag of train.py and eval.py: one flat frozen dataclass for each, each field with its unit in its help."""
+"""Every flag of train.py and eval.py: one flat frozen dataclass for each, each field with its unit in its help.
 
+Making a configuration checks its values and reads no file: whether data are there is found out when a run begins.
+"""
+
+import argparse
 import importlib.util
+import json
+import math
+import sys
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Literal, TypeVar
 
 from transformers import HfArgumentParser
 
-from envs import ENVIRONMENTS, held_out_splits, make_envs, require_split
+from empg import AGGREGATIONS
+from envs import ENVIRONMENTS, held_out_splits, make_config, require_split
 
 Config = TypeVar("Config")
 
+# What an algorithm is made of: the defaults of flags that can each be set on its own. TrainConfig fills them in once.
+ALGORITHMS = {
+    "grpo": {
+        "clip_low": 0.2,
+        "clip_high": 0.2,
+        "aggregation": "sequence",
+        "dynamic_sampling": False,
+        "overlong_buffer": 0,
+    },
+    "dapo": {
+        "clip_low": 0.2,
+        "clip_high": 0.28,
+        "aggregation": "token",
+        "dynamic_sampling": True,
+        "overlong_buffer": 128,
+    },
+}
 
-def parse_config(config_class: type[Config], argv: Sequence[str] | None = None) -> Config:
-    """The command line as a config. An unknown flag or a bad value ends the program with one line, status 2."""
+
+def parse_config(config_class: type[Config], argv: Sequence[str] | None = None, defaults: dict | None = None) -> Config:
+    """The command line as a config. An unknown flag or a bad value ends the program with one line, status 2.
+
+    defaults: values that take the place of the class's own where a flag is not given.
+    """
     parser = HfArgumentParser(
         config_class, description=config_class.__doc__, usage="%(prog)s [flags]; --help lists them", allow_abbrev=False
     )
+    parser.set_defaults(**(defaults or {}))
     try:
         config, unknown = parser.parse_args_into_dataclasses(argv, return_remaining_strings=True)
     except (ValueError, ImportError, OSError) as error:
@@ -24,6 +55,16 @@ def parse_config(config_class: type[Config], argv: Sequence[str] | None = None) 
     if unknown:
         parser.error(f"unknown arguments: {' '.join(unknown)}")
     return config
+
+
+def _require(config, *names: str, least: float = -math.inf, most: float = math.inf, above: float = -math.inf) -> None:
+    """Raises ValueError naming the first of these fields that is not finite or out of bounds."""
+    for name in names:
+        value = getattr(config, name)
+        if not (math.isfinite(value) and least <= value <= most and value > above):
+            bounds = [f"above {above:g}"] * (above > -math.inf) + [f"at least {least:g}"] * (least > -math.inf)
+            bounds += [f"at most {most:g}"] * (most < math.inf)
+            raise ValueError(f"{name} must be {' and '.join(bounds or ['finite'])}, got {value}")
 
 
 @dataclass(frozen=True)
@@ -46,15 +87,6 @@ class WorldConfig:
         sources = ("data", "webshop_root", "retriever", "questions", "corpus")
         return [*self.env_args, *(f"{name}={getattr(self, name)}" for name in sources if getattr(self, name))]
 
-    def require_tasks(self, splits: Sequence[str]) -> None:
-        """Raises ValueError unless the world can be made and has tasks in each of the splits."""
-        for split in splits:
-            require_split(self.env, split)
-        (env,) = make_envs(self.env, self.settings, 1)
-        for split in splits:
-            if env.size(split) == 0:
-                raise ValueError(f"{self.env} has no tasks in split {split!r}")
-
 
 @dataclass(frozen=True)
 class TrainConfig(WorldConfig):
@@ -63,30 +95,34 @@ class TrainConfig(WorldConfig):
     policy: str = field(
         default="tiny", metadata={"help": "folder or hub id of a causal LM; tiny: built and warm-started"}
     )
-    out: str = field(default="out/house", metadata={"help": "folder of the run"})
+    out: str | None = field(default=None, metadata={"help": "folder of the run; default: out/WORLD"})
     resume: bool = field(default=False, metadata={"help": "go on from the newest checkpoint in --out"})
     seed: int = field(default=0, metadata={"help": "of weights, tasks and sampling"})
     # the method
-    algorithm: Literal["grpo", "dapo"] = field(default="grpo", metadata={"help": "loss and advantage family"})
+    algorithm: str = field(default="grpo", metadata={"help": f"{' or '.join(ALGORITHMS)}: sets the flags marked *"})
     empg: bool = field(default=True, metadata={"help": "modulate the advantage by step entropy"})
     k: float = field(default=1.0, metadata={"help": "sharpness of g(H), dimensionless; 0 turns g off"})
     k_future: float = field(default=1.0, metadata={"help": "sharpness of f(H), dimensionless"})
     zeta: float = field(default=0.1, metadata={"help": "weight of f(H), in units of advantage; 0 turns f off"})
-    clip_low: float = field(default=0.2, metadata={"help": "the ratio counts down to 1 - clip_low"})
+    clip_low: float | None = field(default=None, metadata={"help": "* the ratio counts down to 1 - clip_low; 0.2"})
     clip_high: float | None = field(
-        default=None, metadata={"help": "and up to 1 + clip_high; 0.2 in GRPO, 0.28 in DAPO"}
+        default=None, metadata={"help": "* and up to 1 + clip_high; 0.2 in GRPO, 0.28 in DAPO"}
     )
-    aggregation: Literal["sequence", "token", "auto"] = field(
-        default="auto", metadata={"help": "mean over tokens, then episodes, or over all tokens; auto: as the algorithm"}
+    aggregation: str | None = field(
+        default=None,
+        metadata={
+            "help": f"* one of {', '.join(AGGREGATIONS)}: mean over a sequence's tokens first, or over all tokens"
+        },
+    )
+    dynamic_sampling: bool | None = field(
+        default=None, metadata={"help": "* train only on groups that differ in success, sample until there are enough"}
+    )
+    max_rounds: int = field(default=4, metadata={"help": "rounds of dynamic sampling in an iteration, at most"})
+    overlong_buffer: int | None = field(
+        default=None, metadata={"help": "* tokens before max_tokens that cost reward; 0 in GRPO, 128 in DAPO"}
     )
     kl_coef: float = field(
         default=0.0, metadata={"help": "weight of k3 to the first policy, per nat; 0 loads no reference"}
-    )
-    max_rounds: int = field(
-        default=4, metadata={"help": "DAPO: rounds of sampling to find groups that differ in success"}
-    )
-    overlong_buffer: int = field(
-        default=128, metadata={"help": "DAPO: tokens before max_tokens that cost reward; 0: none"}
     )
     # sampling
     iterations: int = field(default=80, metadata={"help": "batches of episodes to learn from"})
@@ -106,10 +142,10 @@ class TrainConfig(WorldConfig):
     max_grad_norm: float = field(default=1.0, metadata={"help": "gradients are scaled down to this norm"})
     gradient_checkpointing: bool = field(default=False, metadata={"help": "compute activations twice to save memory"})
     # the warm start of the tiny model
-    demonstrations: int = field(
-        default=2400, metadata={"help": "episodes of the careless player that it is cloned from"}
+    demonstrations: int = field(default=2400, metadata={"help": "episodes of the careless player that it imitates"})
+    slip: float = field(
+        default=0.4, metadata={"help": "share of the careless player's steps that are not the oracle's"}
     )
-    slip: float = field(default=0.4, metadata={"help": "share of the careless player's steps that are whims"})
     cache: str = field(default="out/warm_starts", metadata={"help": "folder where warm starts are kept"})
     # evaluation and records
     eval_split: str = field(default="", metadata={"help": "split of the held-out tasks; default: the first of them"})
@@ -121,46 +157,44 @@ class TrainConfig(WorldConfig):
     )
 
     def __post_init__(self):
-        self.require_tasks(["train", self.held_out])
-        if self.group_size < 2:
-            raise ValueError(f"group_size must be at least 2 for a group baseline, got {self.group_size}")
-        counts = (
-            "iterations",
-            "tasks_per_iteration",
-            "max_rounds",
-            "max_step_tokens",
-            "max_tokens",
-            "epochs",
-            "batch_size",
-        )
-        counts += ("mini_batches", "micro_batch_size", "demonstrations", "eval_tasks", "eval_every", "checkpoint_every")
-        for name in counts:
-            if getattr(self, name) < 1:
-                raise ValueError(f"{name} must be at least 1, got {getattr(self, name)}")
-        for name in ("learning_rate", "temperature"):
-            if not getattr(self, name) > 0:
-                raise ValueError(f"{name} must be above 0, got {getattr(self, name)}")
+        if self.algorithm not in ALGORITHMS:
+            raise ValueError(f"algorithm must be {' or '.join(ALGORITHMS)}, got {self.algorithm}")
+        resolved = ALGORITHMS[self.algorithm] | {"out": f"out/{self.env}"}
+        for name, value in resolved.items():
+            if getattr(self, name) is None:
+                object.__setattr__(self, name, value)  # once, here: the rest of the run sees values only
+        self._check_numbers()
+        make_config(self.env, self.settings)
+        require_split(self.env, self.held_out)
+        if self.aggregation not in AGGREGATIONS:
+            raise ValueError(f"aggregation must be {' or '.join(AGGREGATIONS)}, got {self.aggregation}")
         if self.report_to != "none" and importlib.util.find_spec(self.report_to) is None:
             raise ValueError(f"report_to {self.report_to} needs the package: pip install {self.report_to}")
-        if self.overlong_buffer > self.max_tokens:
-            raise ValueError(
-                f"overlong_buffer must be at most max_tokens {self.max_tokens}, got {self.overlong_buffer}"
-            )
-        if self.mini_batches > self.tasks_per_iteration * self.group_size:
-            raise ValueError(f"mini_batches {self.mini_batches} are more than there are episodes in an iteration")
+
+    def _check_numbers(self) -> None:
+        counts = ("iterations", "tasks_per_iteration", "max_rounds", "epochs", "mini_batches", "micro_batch_size")
+        _require(
+            self, *counts, "batch_size", "eval_tasks", "eval_every", "checkpoint_every", "max_step_tokens", least=1
+        )
+        _require(self, "group_size", least=2)  # a group baseline
+        _require(self, "demonstrations", least=4)  # one batch of the imitation
+        _require(self, "seed", "zeta", "kl_coef", "overlong_buffer", least=0)
+        _require(self, "slip", "clip_low", least=0, most=1)
+        _require(self, "clip_high", least=0)
+        _require(self, "k", "k_future")
+        _require(self, "learning_rate", above=0, most=1)
+        _require(self, "temperature", "max_grad_norm", above=0)
+        _require(self, "max_tokens", above=self.max_step_tokens)
+        _require(self, "overlong_buffer", most=self.max_tokens)
+        _require(self, "mini_batches", most=self.tasks_per_iteration * self.group_size)
 
     @property
     def held_out(self) -> str:
         """The split of the evaluations."""
         return self.eval_split or held_out_splits(self.env)[0]
 
-    @property
-    def loss_settings(self) -> dict:
-        """Keyword arguments of policy_loss: what tells DAPO's loss from GRPO's."""
-        dapo = self.algorithm == "dapo"
-        clip_high = self.clip_high if self.clip_high is not None else 0.28 if dapo else 0.2
-        aggregation = self.aggregation if self.aggregation != "auto" else "token" if dapo else "sequence"
-        return {"clip_low": self.clip_low, "clip_high": clip_high, "aggregation": aggregation}
+
+# ---------------------------------------------------------------------------------------------------- evaluation
 
 
 @dataclass(frozen=True)
@@ -182,13 +216,49 @@ class EvalConfig(WorldConfig):
     episodes: str = field(default="", metadata={"help": "file for the episodes as JSON lines"})
 
     def __post_init__(self):
-        self.require_tasks(self.split)
+        make_config(self.env, self.settings)
+        for split in self.split:
+            require_split(self.env, split)
         if self.compare and len(self.compare) != 2:
             raise ValueError(f"compare takes two players, got {len(self.compare)}")
         if self.compare and self.compare[0] == self.compare[1]:
             raise ValueError(f"compare takes two different players, got {self.compare[0]} twice")
-        for name in ("tasks", "batch_size", "max_step_tokens", "max_tokens"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"{name} must be at least 1, got {getattr(self, name)}")
-        if self.temperature < 0:
-            raise ValueError(f"temperature must not be negative, got {self.temperature}")
+        _require(self, "tasks", "batch_size", "max_step_tokens", least=1)
+        _require(self, "max_tokens", above=self.max_step_tokens)
+        _require(self, "temperature", "seed", least=0)
+
+
+def parse_eval_config(argv: Sequence[str] | None = None) -> EvalConfig:
+    """The command line of eval.py. What is not given comes from the checkpoint's own configuration, so that eval.py
+    repeats the evaluation of its training run; world, settings and split do not if another --env is given."""
+    given = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
+    given.add_argument("--policy", default="")
+    given.add_argument("--compare", nargs="*", default=[])
+    given.add_argument("--env")
+    known, _ = given.parse_known_args(argv)
+    typed = {word.partition("=")[0] for word in (sys.argv[1:] if argv is None else argv)}
+    defaults: dict = {}
+    for player in known.compare or [known.policy]:
+        own = evaluation_of(player)
+        if known.env and own and known.env != own["env"]:
+            own = {name: own[name] for name in ("seed", "temperature", "max_step_tokens", "max_tokens")}
+        for name, value in own.items():
+            if f"--{name}" not in typed and defaults.setdefault(name, value) != value:
+                given.error(f"the two players were trained with {name} {defaults[name]} and {value}; say --{name}")
+    return parse_config(EvalConfig, argv, defaults)
+
+
+def evaluation_of(player: str) -> dict:
+    """How its training run evaluated a player, as values of EvalConfig; empty if it is no folder of a run.
+
+    They stand beside a checkpoint's weights, and for the policy that a run started from in the run's own folder.
+    """
+    same = [*WorldConfig.__dataclass_fields__, "seed", "temperature", "max_step_tokens", "max_tokens", "batch_size"]
+    for file in (Path(player) / "state.json", Path(player).parent / "config.json"):
+        try:
+            saved = json.loads(file.read_text())["config"]
+            split = saved["eval_split"] or held_out_splits(saved["env"])[0]
+            return {name: saved[name] for name in same} | {"split": [split], "tasks": saved["eval_tasks"]}
+        except (OSError, ValueError, KeyError, TypeError):
+            continue
+    return {}

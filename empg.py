@@ -207,6 +207,7 @@ def aggregate(values: Tensor, mask: Tensor, aggregation: str, normalizer: float 
     that of the rows given.  Raises ValueError for another aggregation, or if the shapes disagree.
     """
     _require_2d("values and mask", values, mask)
+    _require_aggregation(aggregation)
     normalizer = loss_normalizer(mask, aggregation) if normalizer is None else normalizer
     values = values.where(mask, 0)
     if aggregation == "sequence":
@@ -219,8 +220,7 @@ def loss_normalizer(mask: Tensor, aggregation: str) -> float:
 
     mask: (B, L) bool.  Raises ValueError for another aggregation than AGGREGATIONS.
     """
-    if aggregation not in AGGREGATIONS:
-        raise ValueError(f"aggregation must be {' or '.join(map(repr, AGGREGATIONS))}, got {aggregation!r}")
+    _require_aggregation(aggregation)
     return max(1, len(mask) if aggregation == "sequence" else int(mask.sum()))
 
 
@@ -323,6 +323,11 @@ def _tempered(logits: Tensor, temperature: float) -> Tensor:
 
 def _at_least_float32(logits: Tensor) -> torch.dtype:
     return torch.promote_types(logits.dtype, torch.float32)
+
+
+def _require_aggregation(aggregation: str) -> None:
+    if aggregation not in AGGREGATIONS:
+        raise ValueError(f"aggregation must be {' or '.join(map(repr, AGGREGATIONS))}, got {aggregation!r}")
 
 
 def _require_2d(names: str, *tensors: Tensor) -> None:

@@ -1,4 +1,4 @@
-"""What an environment is, the environments by name, and the scripted players that know their way in them.
+"""What an environment is, the environments by name, the ReAct text, and scripted players.
 
 An environment is gymnasium's reset and step with text for observations and actions (`Env` below). Its answer to an
 action that it does not understand is part of the world, never an exception. `terminated` means that the world ended
@@ -8,6 +8,7 @@ the episode, `truncated` that its step limit did.
 import random
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, fields
+from pathlib import Path
 from typing import Any, Protocol
 
 from worlds import alfworld_env, coin, house, search, shop, webshop
@@ -52,10 +53,10 @@ ENVIRONMENTS = {
 }
 
 
-def make_envs(name: str, args: Sequence[str], number: int) -> list[Env]:
-    """`number` environments of one kind. args: settings such as "max_steps=30" or "task_types=a,b".
+def make_config(name: str, args: Sequence[str]) -> Any:
+    """The configuration of an environment. args: settings such as "max_steps=30" or "task_types=a,b".
 
-    Raises ValueError for an unknown environment or setting, or a value out of range.
+    Raises ValueError for an unknown environment or setting, or a value out of range. Reads no file.
     """
     world = _world(name)
     types = {f.name: f.type for f in fields(world.config)}
@@ -68,7 +69,22 @@ def make_envs(name: str, args: Sequence[str], number: int) -> list[Env]:
             settings[key] = int(value) if types[key] is int else value if types[key] is str else tuple(value.split(","))
         except ValueError:
             raise ValueError(f"{key} must be an integer, got {value!r}") from None
-    return [world.make(world.config(**settings)) for _ in range(number)]
+    return world.config(**settings)
+
+
+def make_envs(name: str, args: Sequence[str], number: int, splits: Sequence[str] = ()) -> list[Env]:
+    """`number` environments of one kind; args as in `make_config`.
+
+    Raises ValueError for bad settings or missing data, and if one of the `splits` has no tasks; ImportError if the
+    world's packages are not installed.
+    """
+    config = make_config(name, args)
+    envs = [_world(name).make(config) for _ in range(number)]
+    for split in splits:
+        require_split(name, split)
+        if envs[0].size(split) == 0:
+            raise ValueError(f"{name} has no tasks in split {split!r}")
+    return envs
 
 
 def require_split(name: str, split: str) -> None:
@@ -80,6 +96,20 @@ def require_split(name: str, split: str) -> None:
 def held_out_splits(name: str) -> tuple[str, ...]:
     """The splits that are not for training. Raises ValueError for an unknown environment."""
     return _world(name).splits[1:]
+
+
+def fingerprint(env: Env, args: Sequence[str]) -> list:
+    """What tells the training tasks of two environments apart: JSON that changes with the settings, with the files that
+    they name, with the first tasks, and with the worlds' own code."""
+    size = env.size("train")
+    first = [env.reset("train", seed)[0] for seed in range(3 if size is None else min(3, size))]
+    named = [Path(value) for _, found, value in (arg.partition("=") for arg in args) if found and value]
+    files = [
+        file for path in named if path.exists() for file in ([path] if path.is_file() else sorted(path.rglob("*")))
+    ]
+    stats = [(str(file), file.stat().st_size, file.stat().st_mtime_ns) for file in files if file.is_file()]
+    code = [file.read_text() for file in sorted(Path(__file__).parent.glob("worlds/*.py"))]
+    return [sorted(args), size, first, stats, code, Path(__file__).read_text()]
 
 
 def _world(name: str) -> World:
@@ -127,15 +157,17 @@ def random_player(env: Env, actions: list[str], rng: random.Random) -> tuple[str
 
 
 def careless_player(slip: float) -> Player:
-    """The oracle, but with probability `slip` a step is a whim or repeats an earlier action, possible or not. Cloning
-    it shows a tiny model every situation, "Nothing happens." included, and the way back from it."""
+    """The oracle, but with probability `slip` a step is a random action or repeats an earlier one, possible or not.
 
-    def play(env: Env, actions: list[str], rng: random.Random) -> tuple[str, str]:
+    Imitation of it shows a tiny model every situation, "Nothing happens." included, and the way back from it.
+    """
+
+    def player(env: Env, actions: list[str], rng: random.Random) -> tuple[str, str]:
         if rng.random() >= slip:
             return env.oracle()
         return "Maybe.", rng.choice(actions if actions and rng.random() < 0.5 else env.admissible())
 
-    return play
+    return player
 
 
 PLAYERS = {"oracle": oracle_player, "random": random_player}

@@ -1,29 +1,70 @@
 """How good is a player: success with its interval, steps, invalid actions, per task type; two players compared.
 
-    python eval.py --policy out/house/checkpoint-000080
-    python eval.py --policy oracle --env house --split eval
-    python eval.py --policy random --env search
-    python eval.py --compare out/house/first_policy out/house/checkpoint-000080
+    python eval.py --policy out/house/checkpoint-000080                            the number that training printed
+    python eval.py --policy random --env search                                    every held-out split
+    python eval.py --compare out/house/first_policy out/house/checkpoint-000080    paired, on the same tasks
+    torchrun --nproc_per_node 2 eval.py --policy out/house/checkpoint-000080       two processes share the tasks
 
-A player is a checkpoint folder, a hub id, or one of the scripted players `oracle` and `random`.
+A player is a checkpoint folder, a hub id, or one of the scripted players `oracle` and `random`. A checkpoint is played
+as its training run played it, on the same tasks, with the same limits and random numbers, unless a flag says otherwise.
 """
 
 import json
-import sys
+import os
+from operator import itemgetter
 from pathlib import Path
 
 import numpy as np
 import torch
 import transformers
+from accelerate import Accelerator
+from accelerate.utils import gather_object
 from scipy import stats
 
-from config import EvalConfig, parse_config
+from config import EvalConfig, TrainConfig, parse_eval_config
 from envs import PLAYERS, Env, held_out_splits, make_envs
 from episode import Episode, Task, save_episodes
-from policy import Policy, load_policy
-from rollout import play, rollout
+from policy import Policy, PolicyError, load_policy
+from record import RecordError, reporting, require_writable
+from rollout import play_scripted, rollout
 
-# ------------------------------------------------------------------------------------------------------- measuring
+THREADS = 1  # of a process on the CPU
+
+# --------------------------------------------------------------------------------------------------------- playing
+
+
+def start_ranks(**options) -> Accelerator:
+    """This process as one of the ranks that the launcher started; options go to Accelerator.
+
+    Ends the program if the launcher started others than there are ranks: each would do the whole work.
+    """
+    # Without a GPU the ranks find each other only if they are told to stay on the CPU.
+    accelerator = Accelerator(cpu=not torch.cuda.is_available(), **options)
+    launched = int(os.environ.get("WORLD_SIZE", 1))
+    if accelerator.num_processes != launched:
+        raise SystemExit(
+            f"{launched} processes were launched but {accelerator.num_processes} found each other; "
+            "on CPUs launch with: torchrun --nproc_per_node N train.py"
+        )
+    if accelerator.device.type == "cpu":
+        torch.set_num_threads(THREADS)
+    return accelerator
+
+
+def open_envs(config: EvalConfig | TrainConfig, number: int, splits: list[str]) -> list[Env]:
+    """`number` environments with tasks in the splits. Ends the program with one line if data or packages are missing."""
+    try:
+        return make_envs(config.env, config.settings, number, splits)
+    except (ValueError, ImportError) as error:
+        raise SystemExit(str(error)) from error
+
+
+def has_tasks(env: Env, split: str) -> bool:
+    """Whether the world's data hold the split; the published data of a benchmark need not be there in full."""
+    try:
+        return env.size(split) != 0
+    except ValueError:
+        return False
 
 
 def first_tasks(env: Env, name: str, split: str, number: int) -> list[Task]:
@@ -32,13 +73,35 @@ def first_tasks(env: Env, name: str, split: str, number: int) -> list[Task]:
     return [Task(name, split, seed) for seed in range(number if size is None else min(number, size))]
 
 
-def play_tasks(player: str | Policy, envs: list[Env], tasks: list[Task], config: EvalConfig) -> list[Episode]:
-    """An episode of every task, by a scripted player (by name) or by a policy."""
+def evaluate(
+    player: str | Policy, envs: list[Env], tasks: list[Task], config: EvalConfig | TrainConfig, accelerator: Accelerator
+) -> list[Episode]:
+    """An episode of every task, in the order of the tasks, by a scripted player (by name) or by a policy.
+
+    config: seed, temperature and limits. Every rank plays its share of the tasks and gets all episodes.
+    """
+    rank, ranks = accelerator.process_index, accelerator.num_processes
+    mine = tasks[rank::ranks]
     if isinstance(player, str):
-        return play(envs[0], tasks, PLAYERS[player], config.seed, desc=player)
-    seeds = [(config.seed, task.seed) for task in tasks]
-    limits = {"max_step_tokens": config.max_step_tokens, "max_tokens": config.max_tokens}
-    return rollout(player, envs, tasks, seeds, temperature=config.temperature, desc="evaluate", **limits)
+        episodes = play_scripted(envs[0], mine, PLAYERS[player], config.seed, desc=player)
+    else:
+        seeds = [(config.seed, task.seed) for task in mine]
+        limits = {"max_step_tokens": config.max_step_tokens, "max_tokens": config.max_tokens}
+        episodes = rollout(player, envs, mine, seeds, temperature=config.temperature, desc="evaluate", **limits)
+    numbered = gather_object(list(zip(range(rank, len(tasks), ranks), episodes, strict=True)))
+    return require_steps([episode for _, episode in sorted(numbered, key=itemgetter(0))])
+
+
+def require_steps(episodes: list[Episode]) -> list[Episode]:
+    """The episodes. Ends the program if none of them has a step, because nothing could be measured or learnt."""
+    if not any(episode.steps for episode in episodes):
+        errors = [episode.info["error"] for episode in episodes if "error" in episode.info]
+        reason = errors[0] if errors else "the first observation leaves no room for a response, raise --max_tokens"
+        raise SystemExit(f"none of {len(episodes)} episodes has a step: {reason}")
+    return episodes
+
+
+# ------------------------------------------------------------------------------------------------------- measuring
 
 
 def wilson_interval(successes: int, number: int) -> tuple[float, float]:
@@ -79,20 +142,23 @@ def _summary(episodes: list[Episode]) -> dict:
     } | {name: scale * sum(e.info.get(name, 0) for e in episodes) / number for name, scale in reported.items()}
 
 
-def columns(episodes: list[Episode]) -> dict[str, list[Episode]]:
-    """The episodes of each split and, if there are several, of all; as in the paper's Table 2 where some splits are out
-    of distribution ("ood_..."): the one that is not is called ID, those that are come together again as OOD."""
-    by_split: dict[str, list[Episode]] = {}
+def by_split(episodes: list[Episode]) -> dict[str, list[Episode]]:
+    """The episodes of each split and, if there are several splits, of all of them as "overall".
+
+    Splits named "ood_..." are out of distribution and are also pooled as "OOD". The only split beside them, if there is
+    only one, is labelled "ID", as in the paper's Table 2.
+    """
+    parts: dict[str, list[Episode]] = {}
     for episode in episodes:
-        by_split.setdefault(episode.task.split, []).append(episode)
-    if len(by_split) == 1:
-        return by_split
-    outside = [split for split in by_split if split.startswith("ood")]
-    if len(outside) == len(by_split) - 1:
-        by_split = {split if split in outside else "ID": part for split, part in by_split.items()}
+        parts.setdefault(episode.task.split, []).append(episode)
+    if len(parts) == 1:
+        return parts
+    outside = [split for split in parts if split.startswith("ood")]
+    if len(outside) == len(parts) - 1:
+        parts = {split if split in outside else "ID": part for split, part in parts.items()}
     if outside:
-        by_split["OOD"] = [episode for episode in episodes if episode.task.split in outside]
-    return by_split | {"overall": episodes}
+        parts["OOD"] = [episode for episode in episodes if episode.task.split in outside]
+    return parts | {"overall": episodes}
 
 
 def compare(a: list[Episode], b: list[Episode]) -> dict:
@@ -115,7 +181,7 @@ def compare(a: list[Episode], b: list[Episode]) -> dict:
 # ---------------------------------------------------------------------------------------------------------- output
 
 
-# What stands below the task types, where it was measured: key of a summary -> name, factor, decimals.
+# The rows below the task types: key of a summary -> name, factor, decimals. A row is left out if nothing reports it.
 MEASURES = {
     "score": ("score", 1, 1),
     "f1": ("F1, %", 100, 1),
@@ -148,47 +214,49 @@ def _cell(summary: dict | None) -> str:
     return f"{100 * summary['success']:5.1f} {interval:>13} {summary['episodes']:4d}"
 
 
-def open_player(name: str) -> str | Policy:
-    """A scripted player's name, or the policy of that folder or hub id on the fastest device. Ends the program with one
-    line if there is none."""
-    if name in PLAYERS:
-        return name
-    try:
-        policy = load_policy(name)
-    except (OSError, ValueError) as error:
-        raise SystemExit(f"no policy at {name!r}: {str(error).splitlines()[0]}") from error
-    policy.model.to("cuda" if torch.cuda.is_available() else "cpu")
-    return policy
-
-
 def main() -> None:
-    config = parse_config(EvalConfig)
+    config = parse_eval_config()
     transformers.utils.logging.disable_progress_bar()
-    names = config.compare or [config.policy]
-    players = [open_player(name) for name in names]
-    at_once = config.batch_size if any(isinstance(player, Policy) for player in players) else 1
-    envs = make_envs(config.env, config.settings, at_once)
     try:
-        splits = config.split or [split for split in held_out_splits(config.env) if envs[0].size(split) != 0]
-        tasks = [task for split in splits for task in first_tasks(envs[0], config.env, split, config.tasks)]
-    except ValueError as error:  # a split without data
+        run(config, start_ranks())
+    except (PolicyError, RecordError) as error:
         raise SystemExit(str(error)) from error
-    played = {name: play_tasks(player, envs, tasks, config) for name, player in zip(names, players, strict=True)}
+
+
+def run(config: EvalConfig, accelerator: Accelerator) -> None:
+    """Play, and let the main process print and write the result."""
+    files = [Path(file) for file in (config.episodes, config.json) if file]
+    for file in files:
+        require_writable(file.parent)
+    names = config.compare or [config.policy]
+    players = [name if name in PLAYERS else load_policy(name) for name in names]
+    policies = [player for player in players if isinstance(player, Policy)]
+    for policy in policies:
+        policy.model.to(accelerator.device)
+    envs = open_envs(config, config.batch_size if policies else 1, config.split)
+    splits = config.split or [split for split in held_out_splits(config.env) if has_tasks(envs[0], split)]
+    tasks = [task for split in splits for task in first_tasks(envs[0], config.env, split, config.tasks)]
+    if not tasks:
+        raise SystemExit(f"{config.env} has no held-out tasks")
+    played = [evaluate(player, envs, tasks, config, accelerator) for player in players]
+    if not accelerator.is_main_process:
+        return
     print(f"{config.env}, {len(tasks)} tasks of {', '.join(splits)}, temperature {config.temperature}")
-    result = report(played)
+    result = report(dict(zip(names, played, strict=True)))
     if config.compare:
-        result["paired"] = report_pair(*played.items())
-    if config.episodes:
-        save_episodes(Path(config.episodes), [episode for episodes in played.values() for episode in episodes])
-    if config.json:
-        Path(config.json).write_text(json.dumps(result, indent=1) + "\n")
+        result["paired"] = report_pair(*zip(names, played, strict=True))
+    with reporting(files[0] if files else Path()):
+        if config.episodes:
+            save_episodes(Path(config.episodes), [episode for episodes in played for episode in episodes])
+        if config.json:
+            Path(config.json).write_text(json.dumps(result, indent=1) + "\n")
     print(json.dumps(result))
 
 
 def report(played: dict[str, list[Episode]]) -> dict:
     """Print each player's table and return the summaries by player, "splits" within them if there are several."""
     result = {name: summarize(episodes) for name, episodes in played.items()}
-    parts = {name: {split: summarize(part) for split, part in columns(e).items()} for name, e in played.items()}
+    parts = {name: {split: summarize(part) for split, part in by_split(e).items()} for name, e in played.items()}
     if all(len(part) == 1 for part in parts.values()):
         print(f"\n{table(result)}")
         return result
@@ -200,8 +268,8 @@ def report(played: dict[str, list[Episode]]) -> dict:
 
 def report_pair(first: tuple[str, list[Episode]], second: tuple[str, list[Episode]]) -> dict:
     """Print and return how two (name, episodes) compare, over all tasks and, if there are several, in each split."""
-    parts = zip(*(columns(episodes).values() for _, episodes in (first, second)), strict=True)
-    pairs = {split: compare(a, b) for split, (a, b) in zip(columns(first[1]), parts, strict=True)}
+    parts = zip(*(by_split(episodes).values() for _, episodes in (first, second)), strict=True)
+    pairs = {split: compare(a, b) for split, (a, b) in zip(by_split(first[1]), parts, strict=True)}
     print(f"\n{second[0]} minus {first[0]}:")
     for split, pair in pairs.items():
         difference, low, high = (f"{100 * pair[key]:+.1f}" for key in ("difference", "low", "high"))
@@ -211,4 +279,4 @@ def report_pair(first: tuple[str, list[Episode]], second: tuple[str, list[Episod
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    main()

@@ -2,11 +2,12 @@
 
 An episode is one growing list of token ids: instructions and first observation, then in turns the response that the
 policy samples and the observation that the environment answers. The KV cache is kept across turns, so every token goes
-through the model once. Ids are append-only: what was sampled is what is trained on.
+through the model once, and an opening that several episodes share goes through it once for all of them.
 
-A response is sampled at temperature T over the full vocabulary (no top-k, no top-p), and its log-probabilities and
-entropies come from the very logits that it was sampled from. The random numbers of an episode depend on its own seed
-alone, so an episode is the same in whatever batch and on whatever rank it is played.
+A response is sampled at temperature T over the full vocabulary (no top-k, no top-p). Its log-probabilities and
+entropies come from the very logits that it was sampled from. The random number of a token depends on the episode's seed
+and on the token's place in the episode, and on nothing else. So an episode is the same in whatever batch, on whatever
+rank and with whatever limits it is played.
 """
 
 import logging
@@ -19,13 +20,14 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 from transformers import DynamicCache
+from transformers.cache_utils import DynamicLayer
 
 from empg import token_logp_and_entropy
 from envs import Env, Player, format_response, parse_response
 from episode import Episode, Step, Task
-from policy import Dialogue, Policy
+from policy import Dialogue, Policy, PolicyError
 
-# ------------------------------------------------------------------------------------------------------- sampling
+# --------------------------------------------------------------------------------------------------------- sampling
 
 
 def sample(logits: Tensor, uniform: Tensor, temperature: float) -> Tensor:
@@ -41,27 +43,66 @@ def sample(logits: Tensor, uniform: Tensor, temperature: float) -> Tensor:
     return torch.searchsorted(distribution, target, right=True).squeeze(-1).clamp(max=logits.shape[-1] - 1)
 
 
+class SlotLayer(DynamicLayer):
+    """Keys and values of one attention layer, written in place: the token at position p of a row stands in column p.
+
+    transformers' own layer copies the whole past for every token. Here `keys` and `values`, (B, heads, columns, size),
+    are views of buffers that double when they are full. The last column of a buffer takes what belongs to no token.
+    """
+
+    slots: Tensor  # (B, n), the column of each of the next n tokens, -1 for padding
+    columns: int  # that will be in use then
+
+    def update(self, key_states: Tensor, value_states: Tensor, *args, **kwargs) -> tuple[Tensor, Tensor]:
+        """Write the states of n tokens, (B, heads, n, size), into their slots; returns all columns in use."""
+        if not self.is_initialized:
+            self.lazy_initialization(key_states, value_states)
+            self._buffers = [states[:, :, :0] for states in (key_states, value_states)]
+        if self.columns >= self._buffers[0].shape[2]:
+            used = self.get_seq_length()
+            self._buffers = [self._larger(buffer[:, :, :used]) for buffer in self._buffers]
+        row = torch.arange(len(self.slots), device=self.slots.device)[:, None]
+        for buffer, states in zip(self._buffers, (key_states, value_states), strict=True):
+            buffer[row, :, self.slots] = states.transpose(1, 2)
+        self.keys, self.values = (buffer[:, :, : self.columns] for buffer in self._buffers)
+        return self.keys, self.values
+
+    def batch_select_indices(self, indices: Tensor) -> None:
+        """Keep these rows of the batch, in this order; a row may come several times."""
+        if self.is_initialized:
+            self._buffers = [self._larger(states[indices]) for states in (self.keys, self.values)]
+            self.keys, self.values = (buffer[:, :, : self.columns] for buffer in self._buffers)
+
+    def _larger(self, states: Tensor) -> Tensor:
+        """A buffer that begins with the states. Zeros follow, because attention multiplies masked values by 0."""
+        buffer = states.new_zeros(*states.shape[:2], 2 * self.columns, states.shape[3])
+        buffer[:, :, : states.shape[2]] = states
+        return buffer
+
+
 class Sampler:
     """Samples a response for every row of a batch, turn after turn, on one KV cache.
 
-    The cache has a column for every position that any row has fed. Rows grow by different numbers of tokens, so some
-    of its entries belong to no token; `mask` says which.
+    openings: the ids that each row begins with. Equal ones are read once. The last id is left for `respond`.
     """
 
-    def __init__(self, policy: Policy, rows: int, temperature: float, max_step_tokens: int):
+    def __init__(self, policy: Policy, openings: list[list[int]], temperature: float, max_step_tokens: int):
         self.policy, self.temperature, self.max_step_tokens = policy, temperature, max_step_tokens
         self.cache = DynamicCache(config=policy.model.config)
-        self.mask = torch.zeros(rows, 0, dtype=torch.long, device=policy.device)  # (B, columns), 1 where a token is
+        self.cache.layers = [SlotLayer() for _ in self.cache.layers]
+        distinct = list(dict.fromkeys(tuple(ids[:-1]) for ids in openings))
+        self.length = torch.zeros(len(distinct), 1, dtype=torch.long, device=policy.device)  # (B, 1), tokens read
+        self._forward(*self._pad(distinct))
+        self.keep([distinct.index(tuple(ids[:-1])) for ids in openings])
 
     def respond(self, pending: list[list[int]], uniform: Tensor) -> list[tuple[list[int], list[float], list[float]]]:
         """Feed each row its `pending` ids and sample until it writes the stop token or max_step_tokens.
 
         uniform: (B, max_step_tokens) random numbers in [0, 1).  Returns ids, logp and entropy (nats) for each row. The
         last id of a response has not been fed yet: it belongs in front of the row's next pending ids.
+        Raises PolicyError if the logits are not finite.
         """
-        width = max(map(len, pending))
-        ids = torch.tensor([[0] * (width - len(row)) + row for row in pending], device=self.policy.device)
-        real = torch.tensor([[0] * (width - len(row)) + [1] * len(row) for row in pending], device=self.policy.device)
+        ids, real = self._pad(pending)
         uniform, open_rows, columns = uniform.to(self.policy.device), real[:, -1], []
         for position in range(self.max_step_tokens):
             logits = self._forward(ids, real)  # (B, V)
@@ -73,18 +114,32 @@ class Sampler:
             if not open_rows.any():
                 break
             ids, real = token[:, None], open_rows[:, None]
-        token, logp, entropy, kept = (torch.stack(column, 1).tolist() for column in zip(*columns, strict=True))
-        lengths = [sum(row) for row in kept]
-        return [(token[b][:n], logp[b][:n], entropy[b][:n]) for b, n in enumerate(lengths)]
+        token, logp, entropy, kept = (torch.stack(column, 1) for column in zip(*columns, strict=True))  # (B, n)
+        if not logp[kept > 0].isfinite().all():
+            raise PolicyError("the policy's logits are not finite: its weights are damaged, or training diverged")
+        lengths, columns = kept.sum(1).tolist(), [part.tolist() for part in (token, logp, entropy)]
+        return [tuple(part[row][:length] for part in columns) for row, length in enumerate(lengths)]
+
+    def _pad(self, rows: list) -> tuple[Tensor, Tensor]:
+        """Ids (B, n), padded on the left with 0, and which of them are real, 1 or 0."""
+        width = max(map(len, rows))
+        ids = torch.tensor([[0] * (width - len(row)) + [*row] for row in rows], device=self.policy.device)
+        real = torch.tensor([[0] * (width - len(row)) + [1] * len(row) for row in rows], device=self.policy.device)
+        return ids, real
 
     def _forward(self, ids: Tensor, real: Tensor) -> Tensor:
         """Logits (B, V) after the last of the ids (B, n); `real` (B, n) is 0 for padding."""
-        fed = self.mask.sum(1, keepdim=True)
-        self.mask = torch.cat([self.mask, real], 1)
+        slots = (self.length + real.cumsum(1) - 1).where(real > 0, -1)  # (B, n)
+        self.length = self.length + real.sum(1, keepdim=True)
+        columns = int(self.length.max())
+        for layer in self.cache.layers:
+            layer.slots, layer.columns = slots, columns
+        positions = slots.clamp(min=0)
+        causal = torch.arange(columns, device=slots.device) <= positions[:, None, :, None]  # (B, 1, n, columns)
         output = self.policy.model(
             input_ids=ids,
-            attention_mask=self.mask,
-            position_ids=(fed + real.cumsum(1) - 1).clamp(min=0),
+            attention_mask=causal,
+            position_ids=positions,
             past_key_values=self.cache,
             use_cache=True,
             logits_to_keep=1,
@@ -92,14 +147,14 @@ class Sampler:
         return output.logits[:, -1]
 
     def keep(self, rows: list[int]) -> None:
-        """Drop every other row of the batch."""
-        if len(rows) < len(self.mask):
-            index = torch.tensor(rows, device=self.mask.device)
+        """Make these the rows of the batch; every other row is dropped."""
+        if rows != list(range(len(self.length))):
+            index = torch.tensor(rows, dtype=torch.long, device=self.length.device)
             self.cache.batch_select_indices(index)
-            self.mask = self.mask[index]
+            self.length = self.length[index]
 
 
-# ------------------------------------------------------------------------------------------------------- episodes
+# --------------------------------------------------------------------------------------------------------- episodes
 
 
 @torch.inference_mode()
@@ -118,66 +173,76 @@ def rollout(
 
     seeds: for each episode, the integers that its random numbers come from.  temperature: 0 is greedy.
     max_step_tokens: of one response; it is cut off there.  max_tokens: of an episode; it is truncated if the next
-    response might not fit.  Returns the episodes in the order of the tasks.
+    response might not fit.  Returns the episodes in the order of the tasks.  Raises PolicyError if the logits are not
+    finite.
     """
     policy.model.eval()
     episodes = []
     with tqdm(total=len(tasks), desc=desc, unit="episode", leave=False, delay=2) as progress:
         for first in range(0, len(tasks), len(envs)):
             part = slice(first, first + len(envs))
-            generators = [np.random.default_rng(list(seed)) for seed in seeds[part]]
-            sampler = Sampler(policy, len(generators), temperature, max_step_tokens)
-            episodes += _play(policy, envs, tasks[part], generators, sampler, max_tokens, progress.update)
+            # The token at place j of an episode is drawn with number j of its row.
+            uniform = np.stack([np.random.default_rng(list(seed)).random(max_tokens) for seed in seeds[part]])
+            limits = (temperature, max_step_tokens, max_tokens)
+            episodes += _react(policy, envs, tasks[part], uniform, *limits, progress.update)
     return episodes
 
 
-def _start(policy: Policy, envs: list[Env], tasks: list[Task], room: int) -> list[Episode]:
-    """Reset the environments: episodes that hold what comes before the first response."""
+def _start(policy: Policy, envs: list[Env], tasks: list[Task], limit: int) -> list[Episode]:
+    """Reset the environments: episodes that hold what comes before the first response.
+
+    limit: tokens that may stand before a response; an episode with more of them is truncated.
+    """
     episodes = [_reset(env, task) for env, task in zip(envs, tasks, strict=False)]
     openings = policy.opening(envs[0].instructions, [episode.prompt for episode in episodes])
     for episode, ids in zip(episodes, openings, strict=True):
         episode.insert(ids)
-        episode.truncated |= len(ids) > room
+        episode.truncated |= len(ids) > limit
     return episodes
 
 
-def _play(
+def _react(
     policy: Policy,
     envs: list[Env],
     tasks: list[Task],
-    generators: list[np.random.Generator],
-    sampler: Sampler,
+    uniform: np.ndarray,
+    temperature: float,
+    max_step_tokens: int,
     max_tokens: int,
     finished: Callable[[int], object],
 ) -> list[Episode]:
-    """The ReAct loop over one batch of episodes; those that are done leave the batch."""
-    room = max_tokens - sampler.max_step_tokens
-    episodes = _start(policy, envs, tasks, room)
-    pending = [list(episode.ids) for episode in episodes]  # ids that the model has not read yet
-    live = list(range(len(episodes)))
-    while True:
-        going = [row for row, i in enumerate(live) if not episodes[i].done]
-        finished(len(live) - len(going))
-        if not going:
-            return episodes
-        sampler.keep(going)
-        live, pending = [live[row] for row in going], [pending[row] for row in going]
-        uniform = np.stack([generators[i].random(sampler.max_step_tokens) for i in live])
-        responses = sampler.respond(pending, torch.from_numpy(uniform))
+    """The ReAct loop over one batch of episodes; those that are done leave the batch.
+
+    uniform: (B, max_tokens), the random numbers of each episode.  finished: called with the number of new done ones.
+    """
+    limit = max_tokens - max_step_tokens
+    episodes = _start(policy, envs, tasks, limit)
+    live = [i for i, episode in enumerate(episodes) if not episode.done]
+    finished(len(episodes) - len(live))
+    if not live:
+        return episodes
+    sampler = Sampler(policy, [episodes[i].ids for i in live], temperature, max_step_tokens)
+    pending = [episodes[i].ids[-1:] for i in live]  # ids that the model has not read yet
+    while live:
+        numbers = [uniform[i, len(episodes[i].ids) :][:max_step_tokens] for i in live]
+        responses = sampler.respond(pending, torch.from_numpy(np.stack(numbers)))
         texts = policy.tokenizer.batch_decode([ids for ids, _, _ in responses], skip_special_tokens=True)
-        for i, response, text in zip(live, responses, texts, strict=True):
-            ids, logp, entropy = response
+        for i, (ids, logp, entropy), text in zip(live, responses, texts, strict=True):
             episodes[i].append_sampled(ids, logp, entropy)
             _step(episodes[i], envs[i], *parse_response(text), sum(entropy) / len(ids), len(ids))
         turns = policy.turn([episodes[i].steps[-1].observation for i in live])
         for row, (i, turn) in enumerate(zip(live, turns, strict=True)):
-            episode, (ids, _, _) = episodes[i], responses[row]
-            inserted = turn if ids[-1] == policy.stop_id else [policy.stop_id, *turn]  # cut off: close the turn for it
-            if not episode.done and len(episode.ids) + len(inserted) > room:
-                episode.truncated = True
-            if not episode.done:
-                episode.insert(inserted)
-            pending[row] = [ids[-1], *inserted]
+            last = responses[row][0][-1]
+            inserted = turn if last == policy.stop_id else [policy.stop_id, *turn]  # cut off: close the turn for it
+            pending[row] = [last, *inserted]
+            episodes[i].truncated |= not episodes[i].terminated and len(episodes[i].ids) + len(inserted) > limit
+            if not episodes[i].done:
+                episodes[i].insert(inserted)
+        going = [row for row, i in enumerate(live) if not episodes[i].done]
+        finished(len(live) - len(going))
+        live, pending = [live[row] for row in going], [pending[row] for row in going]
+        sampler.keep(going)
+    return episodes
 
 
 def _reset(env: Env, task: Task) -> Episode:
@@ -198,7 +263,7 @@ def _step(episode: Episode, env: Env, thought: str, action: str, entropy: float 
     """
     try:
         observation, reward, episode.terminated, episode.truncated, episode.info = env.step(action)
-    except Exception as error:  # engines and servers raise what they like; an answer of theirs would not
+    except Exception as error:  # engines and servers raise any type; only this episode ends
         observation, reward = "", 0.0
         _break_off(episode, error)
     end = len(episode.ids)
@@ -213,12 +278,14 @@ def _break_off(episode: Episode, error: Exception) -> None:
     episode.truncated, episode.info = True, episode.info | {"valid": False, "error": what}
 
 
-# ------------------------------------------------------------------------------------------------ scripted players
+# ------------------------------------------------------------------------------------------------- scripted players
 
 
-def play(env: Env, tasks: list[Task], player: Player, seed: int, desc: str = "play") -> list[Episode]:
-    """One episode of every task by a scripted player: episodes with steps, but without tokens. A task that comes again
-    is played with other random numbers."""
+def play_scripted(env: Env, tasks: list[Task], player: Player, seed: int, desc: str = "play") -> list[Episode]:
+    """One episode of every task by a scripted player: episodes with steps, but without tokens.
+
+    A task that comes again is played with other random numbers.
+    """
     episodes, times = [], Counter()
     for task in tqdm(tasks, desc=desc, unit="episode", leave=False, delay=2):
         rng = random.Random(f"{seed}/{task.seed}/{times[task]}")
@@ -236,7 +303,7 @@ def play(env: Env, tasks: list[Task], player: Player, seed: int, desc: str = "pl
 
 
 def dialogue(instructions: str, episode: Episode) -> Dialogue:
-    """The episode as texts for cloning: instructions, first observation, then response and observation in turns."""
+    """The episode as texts for imitation: instructions, first observation, then response and observation in turns."""
     texts = [instructions, episode.prompt]
     for step in episode.steps:
         texts += [format_response(step.thought, step.action), step.observation]

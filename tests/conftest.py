@@ -4,8 +4,9 @@ import pytest
 
 from envs import careless_player, make_envs
 from episode import Episode, Task
-from policy import Policy, TinyConfig, clone, tiny_policy
-from rollout import dialogue, play, rollout
+from policy import Policy
+from rollout import dialogue, play_scripted, rollout
+from tiny import TinyConfig, imitate, tiny_policy
 
 ALFWORLD_INSTALL = "pip install --no-deps -r requirements-alfworld.txt"
 ALFWORLD_GAMES = {"train": 12, "valid_seen": 6, "valid_unseen": 6}  # of each split
@@ -28,10 +29,10 @@ def alfworld_data(tmp_path_factory) -> str:
 def house_policy() -> Policy:
     """A tiny policy that has seen a few dialogues of the house: it is unsure, and may or may not end its turns."""
     env, config = make_envs("house", [], 1)[0], TinyConfig(vocab_size=512, hidden_size=32, intermediate_size=64)
-    played = play(env, [Task("house", "train", seed) for seed in range(60)], careless_player(0.3), seed=0)
+    played = play_scripted(env, [Task("house", "train", seed) for seed in range(60)], careless_player(0.3), seed=0)
     dialogues = [dialogue(env.instructions, episode) for episode in played]
     policy = tiny_policy(dialogues, config, seed=0)
-    clone(policy, dialogues, config)
+    imitate(policy, dialogues, config)
     return policy
 
 

@@ -1,28 +1,18 @@
-"""policy.py: texts can never become special tokens, ids are the chat template's own, what is saved is what is loaded,
-a warm start is built once and learns to write responses only.
-"""
+"""policy.py: texts can never become added tokens, ids are the chat template's own, what is saved is what is loaded."""
+
+import os
+import shutil
 
 import pytest
-import tokenizers
 import torch
 from tokenizers import Regex, normalizers, pre_tokenizers
-from torch.nn import functional as F
+from transformers import AutoModelForCausalLM, MistralConfig
 
-import policy as policy_module
 from envs import careless_player, make_envs
 from episode import Task
-from policy import (
-    SPECIAL_TOKENS,
-    Dialogue,
-    Policy,
-    TinyConfig,
-    clone,
-    load_policy,
-    tiny_policy,
-    tiny_tokenizer,
-    warm_start,
-)
-from rollout import dialogue, play
+from policy import Dialogue, Policy, PolicyError, load_policy
+from rollout import dialogue, play_scripted
+from tiny import SPECIAL_TOKENS, TinyConfig, tiny_policy, tiny_tokenizer
 
 TINY = TinyConfig(vocab_size=320, hidden_size=16, layers=1, intermediate_size=32, batch_size=2)
 
@@ -47,7 +37,7 @@ def dialogues() -> list[Dialogue]:
     """Eight episodes of the house, of different lengths."""
     env = make_envs("house", [], 1)[0]
     tasks = [Task("house", "train", seed) for seed in range(8)]
-    return [dialogue(env.instructions, episode) for episode in play(env, tasks, careless_player(0.3), seed=0)]
+    return [dialogue(env.instructions, episode) for episode in play_scripted(env, tasks, careless_player(0.3), seed=0)]
 
 
 def chatml_tokenizer(dialogues: list[Dialogue], template: str = CHATML):
@@ -117,9 +107,42 @@ def test_no_text_becomes_a_special_token(talker):
     assert [talker.decode(ids) for ids in talker.encode(texts)] == texts
 
 
-def test_encoded_texts_are_decoded_to_themselves(talker, dialogues):
+def test_encoded_texts_are_decoded_to_themselves_without_outer_white_space(talker, dialogues):
     texts = ODD_TEXTS + dialogues[0]
-    assert [talker.decode(ids) for ids in talker.encode(texts)] == texts
+    assert [talker.decode(ids) for ids in talker.encode(texts)] == [text.strip() for text in texts]
+
+
+def test_no_text_becomes_an_added_token_that_is_not_special(dialogues):
+    """Qwen2.5's <tool_call> is an added token, but not a special one: `split_special_tokens` let a text write it."""
+    tokenizer = chatml_tokenizer(dialogues)
+    tokenizer.add_tokens(["<tool_call>", "<|fim_prefix|>"])
+    (ids,) = Policy(None, tokenizer).encode(["a<tool_call>b<|fim_prefix|>"])
+    assert not set(ids) & tokenizer.added_tokens_decoder.keys()
+    assert tokenizer.decode(ids) == "a<tool_call>b<|fim_prefix|>"
+
+
+def test_a_template_that_trims_texts_gets_the_same_ids(dialogues):
+    """Llama-3.1's template trims: with a line break at its end an observation had other ids here than there."""
+    policy = Policy(None, chatml_tokenizer(dialogues, CHATML.replace("message.content", "message.content | trim")))
+    texts = [f" \n{text}\n " for text in dialogues[0][:4]]
+    assert policy.dialogue(texts)[0] == rendered(policy, texts, open_response=True)
+
+
+# As in Qwen3: the last response begins with a <think> block, and earlier ones lose theirs.
+THINKING = """{% for message in messages %}{{ '<|im_start|>' + message.role + '\\n' }}{% set text = message.content %}\
+{% if message.role == 'assistant' %}{% set text = text.split('</think>')[-1].lstrip('\\n') %}\
+{% if loop.last %}{{ '<think>\\n\\n</think>\\n\\n' }}{% endif %}{% endif %}{{ text + '<|im_end|>\\n' }}{% endfor %}\
+{% if add_generation_prompt %}{{ '<|im_start|>assistant\\n' }}{% endif %}"""
+
+
+def test_no_think_block_is_inserted_and_a_sampled_one_stays(dialogues):
+    policy = Policy(None, chatml_tokenizer(dialogues, THINKING))
+    texts = dialogues[0][:4]
+    assert policy.dialogue(texts)[0] == rendered(policy, texts, open_response=True)
+    assert "<think>" in policy.tokenizer.decode(rendered(policy, texts[:3], open_response=False))
+    assert "<think>" not in policy.tokenizer.decode(policy.dialogue(texts[:3])[0])
+    thought = [*texts[:2], "<think>hm</think>Action: look", texts[3]]
+    assert "<think>hm</think>" in policy.tokenizer.decode(policy.dialogue(thought)[0])
 
 
 def test_ids_are_those_of_the_template(talker, dialogues):
@@ -200,109 +223,36 @@ def test_what_is_saved_is_what_is_loaded(tmp_path, tiny, dialogues):
     assert same_weights(loaded, tiny)
 
 
-def test_a_path_without_a_policy_is_an_error(tmp_path, tiny):
-    with pytest.raises((OSError, ValueError)):
-        load_policy(str(tmp_path / "missing"))
-    with pytest.raises((OSError, ValueError)):
-        load_policy(str(tmp_path))  # empty
-    tiny.tokenizer.save_pretrained(tmp_path)
-    with pytest.raises((OSError, ValueError)):
-        load_policy(str(tmp_path))  # no model
+@pytest.mark.parametrize(
+    ("damage", "reason"),
+    [
+        (lambda folder: shutil.rmtree(folder), "neither a folder nor a model on the hub"),
+        (lambda folder: [file.unlink() for file in folder.iterdir()], "."),
+        (lambda folder: (folder / "model.safetensors").unlink(), "safetensors"),
+        (lambda folder: os.truncate(folder / "model.safetensors", 5000), "."),
+        (lambda folder: (folder / "tokenizer.json").write_text("{"), "."),
+        (lambda folder: (folder / "chat_template.jinja").write_text("{% for x in %}"), "."),
+    ],
+    ids=["missing", "empty", "no-weights", "cut-weights", "tokenizer", "template"],
+)
+def test_a_folder_that_holds_no_policy_is_named_in_one_line(tmp_path, tiny, damage, reason):
+    folder = tmp_path / "policy"
+    tiny.save(folder)
+    damage(folder)
+    with pytest.raises(PolicyError, match=rf"^no policy at '{folder}': [^\n]*{reason}[^\n]*$"):
+        load_policy(str(folder))
 
 
-# ------------------------------------------------------------------------------------------- tiny model, warm start
-
-
-def test_the_seed_alone_decides_the_weights(tiny, dialogues):
-    before = torch.random.get_rng_state()
-    again, other = (tiny_policy(dialogues, TINY, seed) for seed in (0, 1))
-    assert same_weights(tiny, again)
-    assert not same_weights(tiny, other)
-    assert torch.equal(torch.random.get_rng_state(), before)  # nobody else's random numbers are used up
-
-
-def test_a_warm_start_is_the_same_in_every_cache(tmp_path, dialogues):
-    torch.manual_seed(1)
-    one = warm_start(dialogues, TINY, 0, tmp_path / "one")
-    torch.manual_seed(2)
-    other = warm_start(dialogues, TINY, 0, tmp_path / "two" / "deep")
-    assert one.name == other.name
-    assert same_weights(load_policy(str(one)), load_policy(str(other)))
-
-
-def test_a_warm_start_is_built_once(tmp_path, dialogues, monkeypatch):
-    folder = warm_start(dialogues, TINY, 0, tmp_path)
-    times = {path: path.stat().st_mtime_ns for path in (folder, *folder.iterdir())}
-    monkeypatch.setattr(policy_module, "tiny_policy", None)  # whoever built again would call it
-    assert warm_start(dialogues, TINY, 0, tmp_path) == folder
-    assert {path: path.stat().st_mtime_ns for path in (folder, *folder.iterdir())} == times
-    assert list(tmp_path.iterdir()) == [folder]
-
-
-def test_every_part_of_the_definition_counts(tmp_path, dialogues, monkeypatch):
-    monkeypatch.setattr(policy_module, "clone", lambda *_: None)
-    folders = [
-        warm_start(dialogues, TINY, 0, tmp_path),
-        warm_start(dialogues, TINY, 1, tmp_path),
-        warm_start(dialogues[1:], TINY, 0, tmp_path),
-        warm_start(dialogues[::-1], TINY, 0, tmp_path),
-        warm_start(dialogues, TinyConfig(**{**vars(TINY), "learning_rate": 1e-3}), 0, tmp_path),
-    ]
-    monkeypatch.setattr(tokenizers, "__version__", "0.0.0")
-    folders.append(warm_start(dialogues, TINY, 0, tmp_path))
-    assert len(set(folders)) == len(folders)
-
-
-def test_a_killed_build_leaves_nothing_that_is_taken_for_whole(tmp_path, dialogues, monkeypatch):
-    """A folder that exists was taken for a whole one: after a kill while saving, every later run failed."""
-
-    def killed(self, folder):
-        self.model.save_pretrained(folder)
-        raise KeyboardInterrupt
-
-    with monkeypatch.context() as patch:
-        patch.setattr(Policy, "save", killed)
-        with pytest.raises(KeyboardInterrupt):
-            warm_start(dialogues, TINY, 0, tmp_path)
-    folder = warm_start(dialogues, TINY, 0, tmp_path)
-    assert load_policy(str(folder)).encode(["drawer 1"])
-
-
-# ---------------------------------------------------------------------------------------------------------- cloning
-
-
-def test_the_loss_of_cloning_is_over_the_sampled_tokens_only(tiny, dialogues):
-    """Checked against transformers' own loss with labels, one dialogue at a time, without padding."""
-    rows = [tiny.dialogue(texts) for texts in dialogues[:4]]
-    assert len({len(ids) for ids, _ in rows}) > 1  # or no padding
-    loss = F.cross_entropy(*policy_module._sampled_logits_and_ids(tiny, rows))
-    number, expected = sum(sum(sampled) for _, sampled in rows), torch.zeros(())
-    for ids, sampled in rows:
-        labels = torch.tensor([[i if s else -100 for i, s in zip(ids, sampled, strict=True)]])
-        expected = expected + tiny.model(input_ids=torch.tensor([ids]), labels=labels).loss * sum(sampled) / number
-    parameters = list(tiny.model.parameters())
-    torch.testing.assert_close(loss, expected)
-    torch.testing.assert_close(torch.autograd.grad(loss, parameters), torch.autograd.grad(expected, parameters))
-
-
-@torch.inference_mode()
-def losses(policy: Policy, dialogues: list[Dialogue]) -> tuple[float, float]:
-    """Mean surprisal of the sampled and of the other tokens, in nats."""
-    nll = {True: [], False: []}
-    for ids, sampled in map(policy.dialogue, dialogues):
-        logp = policy.model(input_ids=torch.tensor([ids])).logits[0, :-1].log_softmax(-1)
-        for s, value in zip(sampled[1:], logp.gather(1, torch.tensor(ids)[1:, None])[:, 0].tolist(), strict=True):
-            nll[s].append(-value)
-    return sum(nll[True]) / len(nll[True]), sum(nll[False]) / len(nll[False])
-
-
-def test_cloning_learns_the_responses_and_not_the_observations():
-    """Small letters are sampled and capital ones are not, so what is learned of one says nothing of the other: one
-    loss falls below half and the other does not."""
-    told = [["RULES OF THE GAME", "LEFT OR RIGHT", "left or right", "ONCE MORE", "once more"]] * 150
-    policy = tiny_policy(told, TINY, seed=0)
-    before = losses(policy, told[:1])
-    clone(policy, told, TINY)
-    after = losses(policy, told[:1])
-    assert after[0] < before[0] / 2
-    assert after[1] > before[1] / 2
+@pytest.mark.parametrize("window", [{"sliding_window": 32}, {"sliding_window": None}], ids=str)
+def test_a_model_with_a_sliding_window_is_refused(tmp_path, tiny, window):
+    """The sampler has no window: the log-probabilities of a small Mistral were wrong by 2 nats."""
+    config = MistralConfig(
+        vocab_size=len(tiny.tokenizer), hidden_size=16, intermediate_size=16, num_hidden_layers=1,
+        num_attention_heads=2, num_key_value_heads=1, **window,
+    )  # fmt: skip
+    Policy(AutoModelForCausalLM.from_config(config), tiny.tokenizer).save(tmp_path)
+    if window["sliding_window"] is None:
+        assert load_policy(str(tmp_path)).model.config.model_type == "mistral"
+    else:
+        with pytest.raises(PolicyError, match="full attention in every layer"):
+            load_policy(str(tmp_path))

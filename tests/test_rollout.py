@@ -1,9 +1,10 @@
 """Episodes: what was captured while sampling is what a teacher-forced pass finds, and every token is accounted for.
 
-Two policies play: a tiny one that was cloned briefly, for what depends on a real model, and a scripted one that writes
+Two policies play: a tiny one after a short imitation, for what depends on a real model, and a scripted one that writes
 given responses and remembers, in the cache that it was handed, what it was fed.
 """
 
+import copy
 import math
 from itertools import pairwise
 from types import SimpleNamespace
@@ -17,8 +18,9 @@ from transformers import Qwen2Config
 
 from envs import ENVIRONMENTS, PLAYERS, format_response, make_envs, parse_response
 from episode import Episode, Step, Task
-from policy import Policy, tiny_tokenizer
-from rollout import dialogue, play, rollout, sample
+from policy import Policy, PolicyError
+from rollout import dialogue, play_scripted, rollout, sample
+from tiny import tiny_tokenizer
 
 WIN, WAIT = format_response("now", "win"), format_response("not yet", "wait")
 JUST_BELOW_1 = math.nextafter(1.0, 0.0)
@@ -63,9 +65,11 @@ class Scripted(torch.nn.Module):
         columns = (x[:, None, :, None] for x in (input_ids, position_ids))
         cached = (x[:, 0, :, 0] for x in past_key_values.update(*columns, 0))
         logits = torch.zeros(len(input_ids), 1, self.vocab_size)
-        for row, (ids, positions, real) in enumerate(zip(*cached, attention_mask.bool(), strict=True)):
-            assert positions[real].tolist() == list(range(int(real.sum())))
-            history = ids[real].tolist()
+        for row, (ids, positions, seen) in enumerate(zip(*cached, attention_mask[:, 0, -1], strict=True)):
+            history = ids[seen].tolist()
+            if self.assistant not in history:  # an opening that is read for its group, or a row that has ended its turn
+                continue
+            assert positions[seen].tolist() == list(range(len(history)))
             name = next(name for name in self.scripts if name in self.decode(history))
             response = self.scripts[name][history.count(self.assistant) - 1]
             self.fed[name], written = history, history[::-1].index(self.assistant)
@@ -251,7 +255,7 @@ def test_inserted_tokens_carry_neither_logp_nor_entropy(house_episodes):
 def test_an_unusual_spelling_of_a_response_is_kept_as_it_was_sampled():
     """A tokenizer encodes a text in one way, a policy may sample it in another: encoded again the ids were others."""
     policy = scripted({0: []})
-    letters = [policy.encode([letter])[0][0] for letter in WIN]
+    letters = [policy.tokenizer(letter, add_special_tokens=False)["input_ids"][0] for letter in WIN]
     policy.model.scripts["task 0"] = [[*letters, policy.stop_id]]
     episode = perform(policy)[0]
     step = episode.steps[0]
@@ -301,6 +305,24 @@ def test_same_seeds_same_episodes_other_seeds_others(house_policy):
     assert a.ids != b.ids
 
 
+@pytest.mark.parametrize("other", [{"max_step_tokens": 50}, {"max_tokens": 900}], ids=str)
+def test_a_limit_that_does_not_bind_changes_nothing(house_policy, other):
+    """The random stream went on by max_step_tokens a turn, so another limit gave other episodes."""
+    limits = {"steps": 2, "max_step_tokens": 40, "temperature": 0.7}
+    expected = [e for e in act(house_policy, range(8), **limits) if max(s.end - s.start for s in e.steps) < 40]
+    assert len(expected) > 1
+    played = act(house_policy, [e.task.seed for e in expected], **limits | other)
+    assert [e.ids for e in played] == [e.ids for e in expected]
+
+
+def test_weights_that_are_not_finite_are_named(house_policy):
+    """They were evaluated to 0.0 % success."""
+    policy = Policy(copy.deepcopy(house_policy.model), house_policy.tokenizer)
+    policy.model.lm_head.weight.data[5] = math.nan
+    with pytest.raises(PolicyError, match="logits are not finite"):
+        act(policy, [0])
+
+
 def test_greedy_episodes_do_not_depend_on_the_seed(house_policy):
     a, b = (act(house_policy, [0], seed=seed, temperature=0) for seed in (1, 2))
     assert a == b
@@ -311,8 +333,16 @@ def test_finished_episodes_leave_the_batch():
     wait = len(scripted({0: [WAIT]}).model.scripts["task 0"][0])
     policy = scripted({0: [WIN], 1: [WAIT, WIN], 2: [WAIT, WAIT, WIN]})
     perform(policy)
-    # A call for every token of a turn's longest response: three rows, then two, then one.
-    assert policy.model.rows == [3] * max(wait, win) + [2] * max(wait, win) + [1] * win
+    # A call for the openings, then one for every token of a turn's longest response: three rows, then two, then one.
+    assert policy.model.rows == [3] + [3] * max(wait, win) + [2] * max(wait, win) + [1] * win
+
+
+def test_the_opening_of_a_group_is_read_once():
+    policy = scripted({0: [WIN], 1: [WIN]})
+    tasks = [Task("toy", "train", number) for number in (0, 0, 0, 1, 1, 1)]
+    episodes = rollout(policy, [Toy() for _ in tasks], tasks, [(0,)] * 6, temperature=0)
+    assert policy.model.rows == [2] + [6] * len(policy.model.scripts["task 0"][0])
+    assert [e.ids for e in episodes] == [e.ids for e in perform(policy) for _ in range(3)]
 
 
 @pytest.mark.parametrize("max_step_tokens", [4, 64])  # nearly every response is cut off, or none is
@@ -331,7 +361,7 @@ def test_logits_are_made_for_the_last_position_alone(house_policy):
     hook = house_policy.model.lm_head.register_forward_hook(lambda module, args, logits: shapes.append(logits.shape))
     act(house_policy, [0, 1], steps=2, max_step_tokens=2)
     hook.remove()
-    assert shapes == [(2, 1, len(house_policy.tokenizer))] * 4  # two turns of two tokens
+    assert shapes == [(2, 1, len(house_policy.tokenizer))] * 5  # the openings, and two turns of two tokens
 
 
 # ------------------------------------------------------------------------------------------------------------- limits
@@ -486,7 +516,7 @@ def test_a_task_that_cannot_be_started_is_an_episode_without_steps(caplog):
     assert broken.info["error"] == "ValueError: game 1 is broken"
     assert "seed=1" in caplog.text  # named
     assert "game 1 is broken" in caplog.text
-    played = play(Closed(), [Task("toy", "train", 1)], lambda env, actions, rng: ("", "win"), 0)
+    played = play_scripted(Closed(), [Task("toy", "train", 1)], lambda env, actions, rng: ("", "win"), 0)
     assert [(e.steps, e.truncated) for e in played] == [([], True)]
 
 
@@ -496,14 +526,14 @@ def test_a_player_that_raises_ends_its_episode():
             raise RuntimeError("no way to win")
         return "", "wait"
 
-    (episode,) = play(Toy(), [Task("toy", "train", 0)], player, 0)
+    (episode,) = play_scripted(Toy(), [Task("toy", "train", 0)], player, 0)
     assert (len(episode.steps), episode.truncated) == (1, True)
     assert episode.info["error"] == "RuntimeError: no way to win"
 
 
 def test_an_environment_that_raises_ends_the_scripted_players_episode_too():
     player = lambda env, actions, rng: ("", "wait")  # noqa: E731
-    good, broken = play(Broken(), [Task("toy", "train", 0), Task("toy", "train", 1)], player, 0)
+    good, broken = play_scripted(Broken(), [Task("toy", "train", 0), Task("toy", "train", 1)], player, 0)
     assert (len(good.steps), good.truncated, "error" in good.info) == (3, True, False)
     assert (len(broken.steps), broken.truncated, broken.success) == (2, True, False)
     assert broken.info["error"] == "ConnectionError: the server is gone"
@@ -514,7 +544,7 @@ def test_an_environment_that_raises_ends_the_scripted_players_episode_too():
 
 def test_play_records_steps_without_tokens():
     env, tasks = make_envs("house", [], 1)[0], [Task("house", "eval", seed) for seed in range(5)]
-    for task, episode in zip(tasks, play(env, tasks, PLAYERS["oracle"], seed=0), strict=True):
+    for task, episode in zip(tasks, play_scripted(env, tasks, PLAYERS["oracle"], seed=0), strict=True):
         assert (episode.task, episode.reward, episode.terminated, episode.success) == (task, 1.0, True, True)
         assert episode.ids == episode.step_ids == episode.old_logp == episode.token_entropy == []
         assert all((step.valid, step.start, step.end) == (True, 0, 0) for step in episode.steps)
@@ -524,7 +554,7 @@ def test_play_records_steps_without_tokens():
 def test_play_draws_from_its_seed_and_the_task_alone():
     env, tasks = make_envs("house", [], 1)[0], [Task("house", "eval", seed) for seed in range(4)]
     actions = lambda tasks, seed: [  # noqa: E731
-        [step.action for step in episode.steps] for episode in play(env, tasks, PLAYERS["random"], seed)
+        [step.action for step in episode.steps] for episode in play_scripted(env, tasks, PLAYERS["random"], seed)
     ]
     once = actions(tasks, 0)
     assert actions(tasks[::-1], 0)[::-1] == once
@@ -534,10 +564,10 @@ def test_play_draws_from_its_seed_and_the_task_alone():
 def test_a_task_that_comes_again_is_played_otherwise():
     """A finite split gave ten copies of each demonstration."""
     env, task = make_envs("house", [], 1)[0], Task("house", "train", 0)
-    first, second, third = play(env, [task, task, task], PLAYERS["random"], seed=0)
+    first, second, third = play_scripted(env, [task, task, task], PLAYERS["random"], seed=0)
     assert first != second
     assert second != third
-    assert play(env, [task], PLAYERS["random"], seed=0) == [first]
+    assert play_scripted(env, [task], PLAYERS["random"], seed=0) == [first]
 
 
 def test_dialogue_alternates_and_ends_with_a_response():

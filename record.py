@@ -1,0 +1,192 @@
+"""The metrics and the files of a run: config.json, metrics.jsonl, timings.jsonl, transcripts, result.json, curves.png.
+
+The main process writes; the others only take part where numbers of all ranks are added up. A metric is a sum over all
+ranks divided by a count over all ranks, never a mean of means. Every key is explained in docs/metrics.md.
+"""
+
+import json
+import os
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+import torch
+from accelerate import Accelerator
+from accelerate.utils import gather_object
+from filelock import FileLock, Timeout
+from torch import Tensor
+from tqdm import tqdm
+
+from config import TrainConfig
+from episode import Episode, transcript
+from figures import draw_curves, read_metrics
+
+
+class RecordError(Exception):
+    """A file of the run cannot be written or read; the message is one line for the user."""
+
+
+@dataclass(frozen=True)
+class Modulation:
+    """The (B, S) tensors that an iteration was trained with. Metrics and transcripts show these very tensors."""
+
+    entropy: Tensor  # nats
+    valid: Tensor  # bool, False where an episode has no such step
+    norm_entropy: Tensor  # in [0, 1]
+    g: Tensor  # 1 without EMPG
+    f: Tensor  # 0 without EMPG
+    advantage: Tensor  # what entered the loss
+
+
+# --------------------------------------------------------------------------------------------------------- metrics
+
+
+def episode_metrics(episodes: list[Episode], group_size: int) -> dict:
+    """Means over the episodes, groups and steps of all ranks; groups are consecutive episodes."""
+    steps = [step for episode in episodes for step in episode.steps]
+    reward = torch.tensor([episode.reward for episode in episodes]).view(-1, group_size)
+    return {
+        "reward/mean": float(reward.mean()),
+        "reward/success": sum(episode.success for episode in episodes) / len(episodes),
+        "group/zero_std_frac": float((reward.amax(1) == reward.amin(1)).float().mean()),
+        "episode/steps": len(steps) / len(episodes),
+        "episode/tokens": sum(len(episode.ids) for episode in episodes) / len(episodes),
+        "episode/invalid_frac": sum(not step.valid for step in steps) / max(1, len(steps)),
+        "episode/truncated_frac": sum(episode.truncated for episode in episodes) / len(episodes),
+        "episode/errors": sum("error" in episode.info for episode in episodes),
+    }
+
+
+def step_metrics(modulation: Modulation) -> dict:
+    """Over the steps of all ranks: entropy, g, f, and the advantage that went into the loss."""
+    names = ("entropy", "norm_entropy", "g", "f", "advantage")
+    entropy, norm_entropy, g, f, advantage = (getattr(modulation, name)[modulation.valid] for name in names)
+    return {
+        "entropy/mean": float(entropy.mean()),
+        "entropy/min": float(entropy.min()),
+        "entropy/max": float(entropy.max()),
+        "empg/norm_entropy": float(norm_entropy.mean()),
+        "empg/g_min": float(g.min()),
+        "empg/g_max": float(g.max()),
+        "empg/f_mean": float(f.mean()),
+        "advantage/mean": float(advantage.mean()),
+        "advantage/std": float(advantage.std(correction=0)),
+    }
+
+
+def update_metrics(sums: dict[str, float]) -> dict:
+    """From this rank's sums over its tokens and its optimizer steps; every rank takes the same steps."""
+    parts = gather_object([dict(sums)])
+    total, steps = {name: sum(part[name] for part in parts) for name in sums}, sums["optimizer_steps"]
+    row = {"policy/loss": total["loss"] / steps}  # a rank's loss is its share of the whole
+    row |= {f"policy/{name}": sums[name] / steps for name in ("grad_norm", "learning_rate")}
+    by_token = [name for name in ("clip_low", "clip_high", "kl_old", "kl_ref") if name in sums]
+    return row | {f"policy/{name}": total[name] / total["tokens"] for name in by_token}
+
+
+def eval_metrics(summary: dict) -> dict:
+    """A summary of eval.py as flat metrics."""
+    row = {f"eval/{name}": value for name, value in summary.items() if name != "task_types"}
+    return row | {f"eval/success/{name}": part["success"] for name, part in summary["task_types"].items()}
+
+
+# ----------------------------------------------------------------------------------------------------------- files
+
+
+class Record:
+    """The folder of a run, for this run alone. Raises RecordError if it cannot be written or another run has it."""
+
+    def __init__(self, config: TrainConfig, accelerator: Accelerator):
+        self.config, self.accelerator, self.out = config, accelerator, Path(config.out)
+        self.started, self.seconds = time.perf_counter(), {}
+        if accelerator.is_main_process:
+            for folder in (self.out / "transcripts", Path(config.cache)):
+                require_writable(folder)
+            self._lock = FileLock(self.out / ".lock")  # the system takes it back when the process ends, however it ends
+            try:
+                self._lock.acquire(timeout=0)
+            except Timeout:
+                raise RecordError(f"another run is writing to {self.out}; choose another folder with --out") from None
+
+    def begin(self, iteration: int) -> None:
+        """Write down what this run is, and forget what an earlier one did after `iteration`: it will happen again."""
+        main = self.accelerator.is_main_process
+        silent = {} if main else {"disable": True}  # not given on the main process, where TQDM_DISABLE decides
+        self.progress = tqdm(total=self.config.iterations, initial=iteration, desc="train", unit="iteration", **silent)
+        flat = asdict(self.config) | {"env_args": " ".join(self.config.env_args)}
+        self.accelerator.init_trackers("empg", flat)
+        if main:
+            git = ["git", "-C", str(Path(__file__).parent), "rev-parse", "HEAD"]
+            revision = subprocess.run(git, capture_output=True, text=True, check=False).stdout.strip()
+            about = {"argv": sys.argv, "git": revision, "ranks": self.accelerator.num_processes}
+            self._replace("config.json", json.dumps(about | {"config": asdict(self.config)}, indent=1))
+            for name in ("metrics.jsonl", "timings.jsonl"):
+                rows = self._rows(name) if iteration else []
+                self._replace(name, "".join(json.dumps(row) + "\n" for row in rows if row["iteration"] <= iteration))
+
+    def _rows(self, name: str) -> list[dict]:
+        try:
+            return read_metrics(self.out / name)
+        except (OSError, ValueError) as error:
+            raise RecordError(f"cannot resume: {error}") from error
+
+    def lap(self, name: str) -> None:
+        """The time since the last lap, in seconds, was spent on `name`."""
+        now = time.perf_counter()
+        self.seconds[name], self.started = now - self.started, now
+
+    def row(self, iteration: int, metrics: dict) -> None:
+        """One line each for metrics and timings. Timings have a file of their own, so that metrics are reproducible."""
+        self.lap("record")
+        self.accelerator.log(metrics, step=iteration)
+        if self.accelerator.is_main_process:
+            for name, content in (("metrics.jsonl", metrics), ("timings.jsonl", self.seconds)):
+                with reporting(self.out / name), (self.out / name).open("a") as file:
+                    file.write(json.dumps({"iteration": iteration} | content) + "\n")
+        if iteration:
+            self.progress.set_postfix(success=f"{metrics.get('reward/success', float('nan')):.2f}")
+            self.progress.update()
+
+    def transcripts(self, iteration: int, episodes: list[Episode], modulation: Modulation) -> None:
+        """Two episodes to be read, a success and a failure if there are both, with H and advantage of each step."""
+        chosen = [next((i for i, e in enumerate(episodes) if e.success == wanted), 0) for wanted in (True, False)]
+        texts = [transcript(episodes[i], modulation.advantage[i].tolist()) for i in chosen]
+        if self.accelerator.is_main_process:
+            self._replace(f"transcripts/{iteration:06d}.txt", "\n".join(texts))
+
+    def result(self, summaries: dict) -> None:
+        """The first and the last evaluation as JSON, and the learning curves."""
+        if self.accelerator.is_main_process:
+            self._replace("result.json", json.dumps(summaries, indent=1))
+            with reporting(self.out / "curves.png"):
+                draw_curves(self.out / "metrics.jsonl", self.out / "curves.png")
+
+    def _replace(self, name: str, text: str) -> None:
+        """Write a file aside and put it in place when it is whole, so that a killed run leaves the old one."""
+        path = self.out / name
+        aside = path.with_name(f".{path.name}.partial")
+        with reporting(path):
+            aside.write_text(text)
+            os.replace(aside, path)
+
+
+@contextmanager
+def reporting(path: Path) -> Iterator[None]:
+    """Turns an OSError, such as a full disk, into a RecordError that names the file."""
+    try:
+        yield
+    except OSError as error:
+        raise RecordError(f"could not write {path}: {error.strerror or error}") from error
+
+
+def require_writable(folder: Path) -> None:
+    """Make the folder. Raises RecordError unless files can be written there."""
+    with reporting(folder):
+        folder.mkdir(parents=True, exist_ok=True)
+        probe = folder / f".probe.{os.getpid()}"
+        probe.touch()
+        probe.unlink()
