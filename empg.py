@@ -1,5 +1,11 @@
 """Every formula of EMPG (arXiv:2509.09265) and of the GRPO and DAPO losses under it: tensors in, tensors out.
 
+    H_t      step entropy: mean entropy of the tokens that step t sampled        step_entropy
+    H_norm   H_t scaled to [0, 1] over the steps of the batch                    normalize_entropy
+    g(H_t)   confident steps count more, uncertain ones less; mean 1             gradient_scale
+    f(H_t+1) bonus for a step that leads to a clear next step                    clarity_bonus
+    A_final  A g(H_t) + zeta f(H_t+1), minus its mean over all steps             modulate
+
 Dimensions: B episodes, G episodes of one task, L token positions, V vocabulary, S steps (the paper's t) per episode.
 Entropies, advantages and old log-probabilities are constants for autograd; only `logp` carries a gradient.
 
@@ -19,90 +25,7 @@ NORM_EPS = 1e-8  # of the min-max normalisation
 CHUNK_ELEMENTS = 2**22  # float32 numbers that token_logp_and_entropy holds at a time: 16 MiB
 
 
-# --------------------------------------------------------------------------- log-probability, entropy, Proposition 1
-
-
-def token_logp_and_entropy(logits: Tensor, ids: Tensor, temperature: float = 1.0) -> tuple[Tensor, Tensor]:
-    """Log-probability of `ids[:, j]` and Shannon entropy under softmax(logits[:, j] / temperature), in nats.
-
-    logits: (B, L, V), any float type.  ids: (B, L) int.  temperature: above 0.
-    Returns logp and entropy, each (B, L), at least float32, from one log-softmax over the full vocabulary. Gradient
-    flows through logp only. Works chunk by chunk, so that no second (B, L, V) tensor is needed.
-    Raises ValueError if the shapes disagree or the temperature is not above 0.
-    >>> logp, entropy = token_logp_and_entropy(torch.zeros(1, 1, 4), torch.tensor([[2]]))
-    >>> bool(torch.isclose(entropy, torch.tensor(4.0).log())), bool(torch.isclose(logp, -entropy))
-    (True, True)
-    """
-    if logits.dim() != 3 or logits.shape[:2] != ids.shape:
-        raise ValueError(f"logits must be (B, L, V) and ids (B, L); got {tuple(logits.shape)} and {tuple(ids.shape)}")
-    if not temperature > 0:
-        raise ValueError(f"temperature must be above 0, got {temperature}")
-    return _LogpAndEntropy.apply(logits, ids, temperature)
-
-
-class _LogpAndEntropy(torch.autograd.Function):
-    """Autograd would keep every token's log-softmax; this computes it again from the logits, chunk by chunk."""
-
-    @staticmethod
-    def forward(ctx, logits: Tensor, ids: Tensor, temperature: float) -> tuple[Tensor, Tensor]:
-        logp, entropy, log_norm = (
-            torch.empty(ids.shape, dtype=_at_least_float32(logits), device=ids.device) for _ in range(3)
-        )
-        for chunk in _chunks(logits.shape):
-            z = _tempered(logits[chunk], temperature)  # (b, l, V)
-            log_norm[chunk] = z.logsumexp(-1)
-            logp[chunk] = z.gather(-1, ids[chunk][..., None]).squeeze(-1) - log_norm[chunk]
-            # A banned token has z = -inf and p = 0; the clamp makes its term 0, the limit of p log p.
-            log_p = (z - log_norm[chunk][..., None]).clamp_(min=torch.finfo(z.dtype).min)
-            entropy[chunk] = -log_p.exp().mul_(log_p).sum(-1)
-        ctx.save_for_backward(logits, ids, log_norm)
-        ctx.temperature = temperature
-        ctx.mark_non_differentiable(entropy)
-        return logp, entropy
-
-    @staticmethod
-    def backward(ctx, grad_logp: Tensor, _) -> tuple[Tensor, None, None]:
-        """d logp_a / d z = (1_a - p) / temperature."""
-        logits, ids, log_norm = ctx.saved_tensors
-        grad = torch.empty_like(logits)
-        for chunk in _chunks(logits.shape):
-            weight = grad_logp[chunk][..., None] / ctx.temperature  # (b, l, 1)
-            p = (_tempered(logits[chunk], ctx.temperature) - log_norm[chunk][..., None]).exp_()
-            grad[chunk] = p.mul_(-weight).scatter_add_(-1, ids[chunk][..., None], weight)
-        return grad, None, None
-
-
-def _chunks(shape: torch.Size) -> list[tuple[slice, slice]]:
-    """Slices of (B, L) that together cover (B, L, V) logits, each of at most CHUNK_ELEMENTS numbers or of one token."""
-    batch, length, vocabulary = shape
-    columns = max(1, min(length, CHUNK_ELEMENTS // vocabulary))
-    rows = max(1, CHUNK_ELEMENTS // (columns * vocabulary))
-    return [
-        (slice(b, b + rows), slice(j, j + columns)) for b in range(0, batch, rows) for j in range(0, length, columns)
-    ]
-
-
-def _tempered(logits: Tensor, temperature: float) -> Tensor:
-    logits = logits.to(_at_least_float32(logits))
-    return logits if temperature == 1 else logits / temperature
-
-
-def _at_least_float32(logits: Tensor) -> torch.dtype:
-    return torch.promote_types(logits.dtype, torch.float32)
-
-
-def expected_score_norm(logits: Tensor) -> Tensor:
-    """Proposition 1: E_a ||grad_z log pi(a)||^2 = 1 - sum_a pi(a)^2 = 1 - exp(-H2), H2 the Renyi-2 entropy.
-
-    logits: (..., V).  Returns (...,), from 0 for a policy that is certain to 1 - 1/V for a uniform one: confident
-    tokens get small gradients, uncertain ones large and noisy ones.
-    >>> expected_score_norm(torch.zeros(2, 4))
-    tensor([0.7500, 0.7500])
-    """
-    return 1 - _tempered(logits, 1.0).softmax(-1).square().sum(-1)
-
-
-# ----------------------------------------------------------------------------------------- entropy modulation: EMPG
+# ------------------------------------------------------------------------------------- EMPG: modulation by step entropy
 
 
 @torch.no_grad()
@@ -180,9 +103,22 @@ def modulate(
     if advantage.shape != entropy.shape[:1]:
         raise ValueError(f"advantage must be (B,) and entropy (B, S); got {_shapes(advantage, entropy)}")
     norm_entropy = normalize_entropy(entropy, valid)
-    scaled = advantage[:, None] * gradient_scale(norm_entropy, valid, k=k)
-    modulated = scaled + zeta * clarity_bonus(norm_entropy, valid, k_future=k_future)
-    return (modulated - modulated[valid].mean()).where(valid, 0)
+    g = gradient_scale(norm_entropy, valid, k=k)
+    f = clarity_bonus(norm_entropy, valid, k_future=k_future)
+    return center(advantage[:, None] * g + zeta * f, valid)
+
+
+@torch.no_grad()
+def center(values: Tensor, valid: Tensor) -> Tensor:
+    """The values minus their mean over the valid steps of the batch.
+
+    values: (B, S).  valid: (B, S) bool.  Returns (B, S), mean 0 over valid steps, 0 off valid. Not divided by a std.
+    >>> center(torch.tensor([[1.0, 3.0], [5.0, 9.0]]), torch.tensor([[True, True], [True, False]]))
+    tensor([[-2.,  0.],
+            [ 2.,  0.]])
+    """
+    _require_2d("values and valid", values, valid)
+    return (values - values[valid].mean()).where(valid, 0)
 
 
 @torch.no_grad()
@@ -201,7 +137,7 @@ def spread(step_values: Tensor, step_ids: Tensor) -> Tensor:
     return F.pad(step_values, (1, 0)).gather(1, step_ids + 1)  # column 0: not sampled
 
 
-# ---------------------------------------------------------------------------------------------------- GRPO and DAPO
+# -------------------------------------------------------------------------------------------------------- GRPO and DAPO
 
 
 @torch.no_grad()
@@ -260,20 +196,32 @@ def policy_loss(
     return loss, metrics
 
 
-def aggregate(values: Tensor, mask: Tensor, aggregation: str, normalizer: float | None = None) -> Tensor:
-    """Sum of (B, L) token values over `mask`, divided by `normalizer`: the sequences or tokens of the whole batch.
+AGGREGATIONS = ("sequence", "token")
 
-    aggregation "sequence": mean over a sequence's tokens, then over sequences (GRPO); "token": mean over all tokens
-    (DAPO). A micro-batch must pass the normalizer of the batch that it was cut from, all ranks included; None takes it
-    from the rows given.  Raises ValueError for another aggregation, or if the shapes disagree.
+
+def aggregate(values: Tensor, mask: Tensor, aggregation: str, normalizer: float | None = None) -> Tensor:
+    """One number from token values (B, L): their sum over `mask`, divided by `normalizer`.
+
+    aggregation "sequence": mean over a sequence's tokens, then over sequences (GRPO). "token": mean over all tokens
+    (DAPO).  normalizer: `loss_normalizer` of the whole mini-batch, all micro-batches and ranks included; None takes
+    that of the rows given.  Raises ValueError for another aggregation, or if the shapes disagree.
     """
     _require_2d("values and mask", values, mask)
+    normalizer = loss_normalizer(mask, aggregation) if normalizer is None else normalizer
     values = values.where(mask, 0)
     if aggregation == "sequence":
-        return (values.sum(1) / mask.sum(1).clamp(min=1)).sum() / (len(mask) if normalizer is None else normalizer)
-    if aggregation == "token":
-        return values.sum() / (mask.sum().clamp(min=1) if normalizer is None else normalizer)
-    raise ValueError(f"aggregation must be 'sequence' or 'token', got {aggregation!r}")
+        values = values / mask.sum(1, keepdim=True).clamp(min=1)
+    return values.sum() / normalizer
+
+
+def loss_normalizer(mask: Tensor, aggregation: str) -> float:
+    """What `aggregate` divides by: the number of sequences or of sampled tokens, at least 1.
+
+    mask: (B, L) bool.  Raises ValueError for another aggregation than AGGREGATIONS.
+    """
+    if aggregation not in AGGREGATIONS:
+        raise ValueError(f"aggregation must be {' or '.join(map(repr, AGGREGATIONS))}, got {aggregation!r}")
+    return max(1, len(mask) if aggregation == "sequence" else int(mask.sum()))
 
 
 def kl_k3(logp: Tensor, ref_logp: Tensor) -> Tensor:
@@ -292,6 +240,89 @@ def soft_overlong_penalty(length: Tensor, *, limit: int, buffer: int) -> Tensor:
     if not 0 < buffer <= limit:
         raise ValueError(f"buffer must be above 0 and at most limit {limit}, got {buffer}")
     return ((limit - buffer - length) / buffer).clamp(-1, 0)
+
+
+# ------------------------------------------------------------------------------ Proposition 1, log-probability, entropy
+
+
+def expected_score_norm(logits: Tensor) -> Tensor:
+    """Proposition 1: E_a ||grad_z log pi(a)||^2 = 1 - sum_a pi(a)^2 = 1 - exp(-H2), H2 the Renyi-2 entropy.
+
+    logits: (..., V).  Returns (...,), from 0 for a policy that is certain to 1 - 1/V for a uniform one: confident
+    tokens get small gradients, uncertain ones large and noisy ones.
+    >>> expected_score_norm(torch.zeros(2, 4))
+    tensor([0.7500, 0.7500])
+    """
+    return 1 - _tempered(logits, 1.0).softmax(-1).square().sum(-1)
+
+
+def token_logp_and_entropy(logits: Tensor, ids: Tensor, temperature: float = 1.0) -> tuple[Tensor, Tensor]:
+    """Log-probability of `ids[:, j]` and Shannon entropy under softmax(logits[:, j] / temperature), in nats.
+
+    logits: (B, L, V), any float type.  ids: (B, L) int.  temperature: above 0.
+    Returns logp and entropy, each (B, L), at least float32, from one log-softmax over the full vocabulary. Gradient
+    flows through logp only. Works chunk by chunk, so that no second (B, L, V) tensor is needed.
+    Raises ValueError if the shapes disagree or the temperature is not above 0.
+    >>> logp, entropy = token_logp_and_entropy(torch.zeros(1, 1, 4), torch.tensor([[2]]))
+    >>> bool(torch.isclose(entropy, torch.tensor(4.0).log())), bool(torch.isclose(logp, -entropy))
+    (True, True)
+    """
+    if logits.dim() != 3 or logits.shape[:2] != ids.shape:
+        raise ValueError(f"logits must be (B, L, V) and ids (B, L); got {tuple(logits.shape)} and {tuple(ids.shape)}")
+    if not temperature > 0:
+        raise ValueError(f"temperature must be above 0, got {temperature}")
+    return _LogpAndEntropy.apply(logits, ids, temperature)
+
+
+class _LogpAndEntropy(torch.autograd.Function):
+    """Autograd would keep every token's log-softmax; this computes it again from the logits, chunk by chunk."""
+
+    @staticmethod
+    def forward(ctx, logits: Tensor, ids: Tensor, temperature: float) -> tuple[Tensor, Tensor]:
+        logp, entropy, log_norm = (
+            torch.empty(ids.shape, dtype=_at_least_float32(logits), device=ids.device) for _ in range(3)
+        )
+        for chunk in _chunks(logits.shape):
+            z = _tempered(logits[chunk], temperature)  # (b, l, V)
+            log_norm[chunk] = z.logsumexp(-1)
+            logp[chunk] = z.gather(-1, ids[chunk][..., None]).squeeze(-1) - log_norm[chunk]
+            # A banned token has z = -inf and p = 0; the clamp makes its term 0, the limit of p log p.
+            log_p = (z - log_norm[chunk][..., None]).clamp_(min=torch.finfo(z.dtype).min)
+            entropy[chunk] = -log_p.exp().mul_(log_p).sum(-1)
+        ctx.save_for_backward(logits, ids, log_norm)
+        ctx.temperature = temperature
+        ctx.mark_non_differentiable(entropy)
+        return logp, entropy
+
+    @staticmethod
+    def backward(ctx, grad_logp: Tensor, _) -> tuple[Tensor, None, None]:
+        """d logp_a / d z = (1_a - p) / temperature."""
+        logits, ids, log_norm = ctx.saved_tensors
+        grad = torch.empty_like(logits)
+        for chunk in _chunks(logits.shape):
+            weight = grad_logp[chunk][..., None] / ctx.temperature  # (b, l, 1)
+            p = (_tempered(logits[chunk], ctx.temperature) - log_norm[chunk][..., None]).exp_()
+            grad[chunk] = p.mul_(-weight).scatter_add_(-1, ids[chunk][..., None], weight)
+        return grad, None, None
+
+
+def _chunks(shape: torch.Size) -> list[tuple[slice, slice]]:
+    """Slices of (B, L) that together cover (B, L, V) logits, each of at most CHUNK_ELEMENTS numbers or of one token."""
+    batch, length, vocabulary = shape
+    columns = max(1, min(length, CHUNK_ELEMENTS // vocabulary))
+    rows = max(1, CHUNK_ELEMENTS // (columns * vocabulary))
+    return [
+        (slice(b, b + rows), slice(j, j + columns)) for b in range(0, batch, rows) for j in range(0, length, columns)
+    ]
+
+
+def _tempered(logits: Tensor, temperature: float) -> Tensor:
+    logits = logits.to(_at_least_float32(logits))
+    return logits if temperature == 1 else logits / temperature
+
+
+def _at_least_float32(logits: Tensor) -> torch.dtype:
+    return torch.promote_types(logits.dtype, torch.float32)
 
 
 def _require_2d(names: str, *tensors: Tensor) -> None:

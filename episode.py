@@ -1,4 +1,7 @@
-"""An episode: its texts and its tokens, as a batch of tensors, as a line of JSON, as a transcript, and played again."""
+"""An episode holds its texts and its tokens. It becomes a row of a batch, a line of JSON, or a transcript to read.
+
+A recorded episode can be replayed: the world must give the same answers to the same actions.
+"""
 
 import json
 from dataclasses import asdict, dataclass, field
@@ -11,7 +14,7 @@ from torch.nn.utils.rnn import pad_sequence
 
 @dataclass(frozen=True)
 class Task:
-    """One goal: task number `seed` of a split of an environment. All episodes of a group have the same task."""
+    """One goal: task number `seed` in a split of an environment. All episodes of a group have the same task."""
 
     env: str
     split: str
@@ -20,32 +23,32 @@ class Task:
 
 @dataclass
 class Step:
-    """One think-act-observe cycle. Its sampled tokens, the stop token included, are episode.ids[start:end]."""
+    """One think-act-observe cycle. The policy sampled episode.ids[start:end] in it, the stop token included."""
 
     thought: str
-    action: str  # what the environment got; "" if the response held none
+    action: str  # what the environment received; "" if the response has no action
     observation: str  # the environment's answer
-    valid: bool  # the environment understood the action and did it
+    valid: bool  # True if the environment understood and performed the action
     start: int
     end: int
-    entropy: float  # H_t, mean over the sampled tokens, nats
+    entropy: float  # H_t: mean Shannon entropy over the sampled tokens, nats
 
 
 @dataclass
 class Episode:
-    """One full interaction. The four lists have one entry for each of the L tokens."""
+    """One full interaction. The last four fields are lists with one entry for each of the L tokens."""
 
     task: Task
     prompt: str  # the first observation
     steps: list[Step] = field(default_factory=list)
     reward: float = 0.0
-    terminated: bool = False  # the environment ended it
-    truncated: bool = False  # a limit ended it: steps, or tokens
-    info: dict = field(default_factory=dict)  # the environment's last word: task_type, success, ...
+    terminated: bool = False  # the environment ended the episode
+    truncated: bool = False  # a limit ended the episode: steps or tokens
+    info: dict = field(default_factory=dict)  # the environment's last info: task_type, success, ...
     ids: list[int] = field(default_factory=list)
-    step_ids: list[int] = field(default_factory=list)  # the step that sampled the token, -1 if it was inserted
-    old_logp: list[float] = field(default_factory=list)  # of ids[j] given ids[:j], nats; 0 if it was inserted
-    token_entropy: list[float] = field(default_factory=list)  # of the distribution of ids[j], nats; 0 if inserted
+    step_ids: list[int] = field(default_factory=list)  # number of the step that sampled the token, -1 if inserted
+    old_logp: list[float] = field(default_factory=list)  # log-prob of ids[j] given ids[:j], nats; 0 if inserted
+    token_entropy: list[float] = field(default_factory=list)  # of the distribution at ids[j], nats; 0 if inserted
 
     @property
     def success(self) -> bool:
@@ -56,14 +59,14 @@ class Episode:
         return self.terminated or self.truncated
 
     def insert(self, ids: list[int]) -> None:
-        """Append tokens that the policy did not sample."""
+        """Append tokens that the policy did not sample: prompt, observation, chat template."""
         self.ids += ids
         self.step_ids += [-1] * len(ids)
         self.old_logp += [0.0] * len(ids)
         self.token_entropy += [0.0] * len(ids)
 
     def append_sampled(self, ids: list[int], logp: list[float], entropy: list[float]) -> None:
-        """Append the tokens of the next step."""
+        """Append the tokens that the policy sampled in the next step. logp and entropy: one number a token, nats."""
         self.ids += ids
         self.step_ids += [len(self.steps)] * len(ids)
         self.old_logp += logp
@@ -75,14 +78,14 @@ class Episode:
 
 @dataclass(frozen=True)
 class Batch:
-    """Episodes as tensors, padded on the right by length to the longest: (B, L), and (B,) for reward and length."""
+    """Episodes as tensors. Rows are padded on the right; `length` says where the padding starts, never a token id."""
 
-    ids: Tensor
-    step_ids: Tensor  # -1 where the policy did not sample
-    old_logp: Tensor
-    token_entropy: Tensor
-    reward: Tensor
-    length: Tensor
+    ids: Tensor  # (B, L) int, padded with 0
+    step_ids: Tensor  # (B, L) int, -1 where the policy did not sample, padding included
+    old_logp: Tensor  # (B, L), nats, padded with 0
+    token_entropy: Tensor  # (B, L), nats, padded with 0
+    reward: Tensor  # (B,)
+    length: Tensor  # (B,) int, tokens
 
     @property
     def mask(self) -> Tensor:
@@ -90,14 +93,14 @@ class Batch:
         return self.step_ids >= 0
 
     def select(self, rows: list[int]) -> "Batch":
-        """Some of the episodes, cut to the longest of them."""
+        """The batch of these rows alone, cut to the longest of them."""
         length = self.length[rows]
         token_lists = (self.ids, self.step_ids, self.old_logp, self.token_entropy)
         return Batch(*(tensor[rows, : int(length.max())] for tensor in token_lists), self.reward[rows], length)
 
 
 def collate(episodes: list[Episode], device: torch.device | str = "cpu") -> Batch:
-    """One batch of all the episodes."""
+    """The episodes as one batch on `device`."""
     rows = lambda name, dtype: [torch.tensor(getattr(e, name), dtype=dtype) for e in episodes]  # noqa: E731
     return Batch(
         ids=pad_sequence(rows("ids", torch.long), batch_first=True).to(device),
@@ -110,12 +113,12 @@ def collate(episodes: list[Episode], device: torch.device | str = "cpu") -> Batc
 
 
 def save_episodes(path: Path, episodes: list[Episode]) -> None:
-    """One JSON object a line: first the texts of the episode, then its token lists. Floats are written exactly."""
+    """Write one JSON object a line: first the texts of the episode, then its token lists. Floats are exact."""
     path.write_text("".join(json.dumps(asdict(episode)) + "\n" for episode in episodes))
 
 
 def load_episodes(path: Path) -> list[Episode]:
-    """The episodes of `save_episodes`, equal to what was saved. Raises ValueError naming a line that is not one."""
+    """Read what `save_episodes` wrote. Raises ValueError for a line that is not an episode; it names file and line."""
     episodes = []
     for number, line in enumerate(path.read_text().splitlines(), 1):
         try:
@@ -129,7 +132,7 @@ def load_episodes(path: Path) -> list[Episode]:
 
 
 def replay(episode: Episode, env) -> None:
-    """Play the episode's actions once more. Raises ValueError at the first answer that is not the recorded one."""
+    """Play the recorded actions again. Raises ValueError at the first observation that differs from the record."""
     prompt, _ = env.reset(episode.task.split, episode.task.seed)
     if prompt != episode.prompt:
         raise ValueError(f"{episode.task}: the world starts with {prompt!r}, recorded was {episode.prompt!r}")
@@ -140,8 +143,10 @@ def replay(episode: Episode, env) -> None:
 
 
 def transcript(episode: Episode, step_advantage: list[float] | None = None) -> str:
-    """The episode as text to be read: thought, action and answer of each step, its entropy H in nats and, if given, the
-    advantage that its tokens were trained with."""
+    """The episode as text. Each step shows its entropy H in nats, its thought, its action and the observation.
+
+    step_advantage: one number a step, the advantage that its tokens were trained with; it is shown as A.
+    """
     outcome = "success" if episode.success else "truncated" if episode.truncated else "failure"
     lines = [f"{episode.task.env} {episode.task.split} {episode.task.seed}: {outcome}, reward {episode.reward:g}", ""]
     lines += [episode.prompt]

@@ -1,74 +1,132 @@
-"""Every picture: the learning curves of a run, and the success of several runs side by side.
+"""Pictures of training: the learning curves of one run, or the success of several runs side by side.
 
-python figures.py out/house/metrics.jsonl curves.png
-python figures.py docs/runs/*.jsonl docs/worlds.png
+    python figures.py out/house/metrics.jsonl curves.png            one run: success, steps, entropy, invalid actions
+    python figures.py docs/runs/*.jsonl docs/worlds.png             several runs: success on held-out tasks
+
+Every line has a marker or a line style of its own, so that a print in grey can be read too.
 """
 
 import json
-import sys
+from argparse import ArgumentParser, RawDescriptionHelpFormatter
+from collections.abc import Sequence
 from pathlib import Path
 
-import matplotlib
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure  # not pyplot, which would choose a backend for the whole process
 
-matplotlib.use("Agg")
-from matplotlib import pyplot as plt
+# Okabe and Ito's colours, which colour-blind readers can tell apart.
+LOOKS = {"color": ("#0072B2", "#D55E00", "#009E73", "#CC79A7"), "marker": "os^Dv", "linestyle": ("-", "--", "-.")}
+
+# y axis of a panel -> its lines: label, metric, line style
+PANELS = {
+    "success (share of episodes)": [("training", "reward/success", "-")],
+    "steps per episode": [("mean", "episode/steps", "-")],
+    "step entropy (nats)": [("max", "entropy/max", ":"), ("mean", "entropy/mean", "-"), ("min", "entropy/min", "--")],
+    "invalid actions (share of steps)": [("mean", "episode/invalid_frac", "-")],
+}
 
 
-def read_metrics(metrics: Path) -> list[dict]:
-    """The rows of a metrics.jsonl, one for each iteration."""
-    return [json.loads(line) for line in metrics.read_text().splitlines()]
+def read_metrics(path: Path) -> list[dict]:
+    """The rows of a metrics.jsonl, one for each iteration that was recorded.
+
+    A last line without a line end that cannot be read is left out: the run was stopped while it wrote that line.
+    Raises ValueError for a file without rows and for any other line that is not an object of numbers with an
+    "iteration"; it names file and line. Raises OSError if there is no such file.
+    """
+    *lines, last = path.read_bytes().split(b"\n")
+    rows = []
+    for number, line in enumerate([*lines, last] if last else lines, 1):
+        try:
+            row = json.loads(line)
+        except ValueError as error:
+            if number > len(lines):
+                break
+            raise ValueError(f"{path}, line {number}: not JSON ({error})") from error
+        if not isinstance(row, dict) or "iteration" not in row:
+            raise ValueError(f'{path}, line {number}: not an object with an "iteration"')
+        if words := [key for key, value in row.items() if not isinstance(value, int | float)]:
+            raise ValueError(f"{path}, line {number}: {words[0]!r} is not a number")
+        rows.append(row)
+    if not rows:
+        raise ValueError(f"{path}: no complete line; the run has recorded nothing yet")
+    return rows
 
 
-def draw_curves(metrics: Path, picture: Path) -> None:
-    """Success, steps, entropy and invalid actions of a run against its iterations."""
+def draw_curves(metrics: Path, picture: Path) -> Figure:
+    """Four panels against the iterations of a run: success, steps, step entropy and invalid actions.
+
+    Writes the picture in the format of its suffix and returns the figure. Raises OSError or ValueError if a file
+    cannot be read or written, or if the run was never evaluated.
+    """
     rows = read_metrics(metrics)
-    figure, axes = plt.subplots(2, 2, figsize=(10, 6), sharex=True, layout="constrained")
-    panels = {
-        "success": {"reward/success": "training episodes", "eval/success": "held-out tasks, 95 % interval"},
-        "mean per episode": {"episode/steps": "steps"},
-        "step entropy (nats)": {"entropy/mean": "mean", "entropy/min": "min", "entropy/max": "max"},
-        "share of steps": {"episode/invalid_frac": "invalid actions"},
-    }
-    for axis, (label, lines) in zip(axes.flat, panels.items(), strict=True):
-        for key, name in lines.items():
-            points = [(row["iteration"], row[key]) for row in rows if key in row] or [(0, float("nan"))]
-            axis.plot(*zip(*points, strict=True), label=name, marker="o" if key.startswith("eval") else None)
-        axis.set(ylabel=label, ylim=(0, None))
+    figure = Figure(figsize=(10, 6), layout="constrained")
+    axes = figure.subplots(2, 2, sharex=True)
+    for axis, (quantity, lines) in zip(axes.flat, PANELS.items(), strict=True):
+        for color, (label, key, linestyle) in zip(LOOKS["color"], lines, strict=False):
+            axis.plot(*points(rows, key), color=color, linestyle=linestyle, label=label)
+        axis.set(ylabel=quantity, ylim=(0, None))
+    draw_held_out(axes[0, 0], metrics, rows, "held-out tasks, 95 % interval", look=1)
+    for axis in axes.flat:
         axis.grid(alpha=0.3)
         axis.legend()
-    draw_interval(axes[0, 0], rows, "C1")
     for axis in axes[1]:
         axis.set_xlabel("iteration")
     figure.savefig(picture, dpi=120)
-    plt.close(figure)
+    return figure
 
 
-def draw_interval(axis: plt.Axes, rows: list[dict], color: str) -> None:
-    """The 95 % interval of success on held-out tasks as a band."""
-    evaluated = [row for row in rows if "eval/success" in row]
-    low, high = ([row[f"eval/success_{end}"] for row in evaluated] for end in ("low", "high"))
-    axis.fill_between([row["iteration"] for row in evaluated], low, high, alpha=0.2, color=color)
-    axis.set_ylim(0, 1)
+def draw_runs(runs: Sequence[Path], picture: Path) -> Figure:
+    """Success on held-out tasks against the iterations of several runs.
 
-
-def draw_runs(runs: list[Path], picture: Path) -> None:
-    """Success on held-out tasks of several runs, named by their files, against their iterations."""
-    figure, axis = plt.subplots(figsize=(8, 4), layout="constrained")
+    A run is named by its file, or by its folder if the file is a metrics.jsonl. Returns and raises as `draw_curves`.
+    """
+    figure = Figure(figsize=(8, 4), layout="constrained")
+    axis = figure.subplots()
     for number, metrics in enumerate(runs):
-        rows = read_metrics(metrics)
-        points = [(row["iteration"], row["eval/success"]) for row in rows if "eval/success" in row]
-        axis.plot(*zip(*points, strict=True), label=metrics.stem, marker="os^D"[number % 4], color=f"C{number}")
-        draw_interval(axis, rows, f"C{number}")
-    axis.set(xlabel="iteration", ylabel="success on held-out tasks, 95 % interval")
+        name = metrics.absolute().parent.name if metrics.name == "metrics.jsonl" else metrics.stem
+        draw_held_out(axis, metrics, read_metrics(metrics), name, look=number)
+    axis.set(xlabel="iteration", ylabel="success on held-out tasks\n(share of episodes, 95 % interval)")
     axis.grid(alpha=0.3)
     axis.legend()
     figure.savefig(picture, dpi=120)
-    plt.close(figure)
+    return figure
+
+
+def draw_held_out(axis: Axes, metrics: Path, rows: list[dict], label: str, look: int) -> None:
+    """Success on held-out tasks with its 95 % interval as a bar. Raises ValueError if the run was never evaluated."""
+    keys = ("iteration", "eval/success", "eval/success_low", "eval/success_high")
+    evaluations = [[row[key] for key in keys] for row in rows if row.keys() >= set(keys)]
+    if not evaluations:
+        raise ValueError(f"{metrics}: no evaluation, so there is no success on held-out tasks to draw")
+    bars = [(success - low, high - success) for _, success, low, high in evaluations]
+    iterations, success, *_ = zip(*evaluations, strict=True)
+    style = {name: values[look % len(values)] for name, values in LOOKS.items()}
+    axis.errorbar(iterations, success, list(zip(*bars, strict=True)), label=label, capsize=3, **style)
+    axis.set_ylim(0, 1)
+
+
+def points(rows: list[dict], key: str) -> tuple[list[float], list[float]]:
+    """Iterations and values of a metric, where it was recorded."""
+    recorded = [row for row in rows if key in row]
+    return [row["iteration"] for row in recorded], [row[key] for row in recorded]
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    """The command line. A wrong usage ends with status 2, a file that cannot be read or written with status 1."""
+    parser = ArgumentParser(description=__doc__, formatter_class=RawDescriptionHelpFormatter)
+    parser.add_argument("metrics", nargs="+", type=Path, help="metrics.jsonl of a run; several are drawn side by side")
+    parser.add_argument("picture", type=Path, help="file to write; its suffix is the format: .png, .pdf, .svg")
+    args = parser.parse_args(argv)
+    if args.picture.suffix[1:] not in Figure().canvas.get_supported_filetypes():
+        parser.error(f"{args.picture}, the last argument, must name a picture that ends in .png, .pdf or .svg")
+    try:
+        if len(args.metrics) == 1:
+            draw_curves(args.metrics[0], args.picture)
+        else:
+            draw_runs(args.metrics, args.picture)
+    except (OSError, ValueError) as error:
+        raise SystemExit(f"figures.py: {error}") from error
 
 
 if __name__ == "__main__":
-    *files, target = map(Path, sys.argv[1:])
-    if len(files) > 1:
-        draw_runs(files, target)
-    else:
-        draw_curves(*files, target)
+    main()
