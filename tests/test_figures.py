@@ -83,7 +83,7 @@ def test_the_line_in_which_a_run_was_stopped_is_left_out(cut, write):
 def test_a_file_that_cannot_be_drawn_is_named(text, complaint, write, tmp_path):
     metrics = tmp_path / "m.jsonl" if text is None else write("m.jsonl", text)
     for files in ([metrics], [write("good.jsonl", GOOD), metrics]):
-        with pytest.raises(SystemExit, match="m.jsonl") as error:
+        with pytest.raises(SystemExit, match=r"m\.jsonl") as error:
             figures.main([*map(str, files), str(tmp_path / "x.png")])
         assert complaint in error.value.code  # a text: printed, and status 1
         assert "\n" not in error.value.code
