@@ -63,59 +63,6 @@ def tokens(rows: list[list]) -> tuple[Tensor, Tensor, Tensor, Tensor]:
 # ------------------------------------------------------------------------------------- EMPG: modulation by step entropy
 
 
-def loop_modulation(rows: list[list], k: float, k_future: float, zeta: float) -> list[Tensor]:
-    """H_norm, g, f, the modulated and the final advantage, step by step; 0 where a step has no tokens."""
-    h = {(i, t): x for i, row in enumerate(rows) for t, x in enumerate(row) if x is not None}
-    low, high = min(h.values(), default=0), max(h.values(), default=0)
-    norm = {step: (x - low) / (high - low + 1e-8) for step, x in h.items()}
-    g = {step: math.exp(-k * x) / statistics.fmean(math.exp(-k * y) for y in norm.values()) for step, x in norm.items()}
-    f = {(i, t): math.exp(-k_future * norm[i, t + 1]) if (i, t + 1) in norm else 0.0 for i, t in norm}
-    modulated = {(i, t): ADVANTAGE[i].item() * g[i, t] + zeta * f[i, t] for i, t in norm}
-    final = {step: a - statistics.fmean(modulated.values()) for step, a in modulated.items()}
-    places = [[(i, t) for t in range(len(row))] for i, row in enumerate(rows)]
-    return [pad([[x.get(step) for step in row] for row in places], 0) for x in (norm, g, f, modulated, final)]
-
-
-@QUICK
-@given(rows=EPISODES, options=SETTINGS)
-@example(rows=[[1.0], [2.0]], options=(1.0, 1.0, 0.1))  # one-step episodes: no bonus
-@example(rows=[[0.7, 0.7], [0.7]], options=(1.0, 1.0, 0.1))  # all equal: H_norm = 0, g = 1, f = 1
-@example(rows=[[None, None], [None]], options=(1.0, 1.0, 0.1))  # no valid step
-@example(rows=[[], []], options=(1.0, 1.0, 0.1))  # S = 0
-def test_h_norm_g_f_and_the_final_advantage_match_loops(rows, options):
-    (entropy, valid), (k, k_future, zeta) = steps(rows), options
-    norm, g, f, modulated, final = loop_modulation(rows, *options)
-    close(empg.normalize_entropy(entropy, valid), norm)
-    close(empg.gradient_scale(norm.where(valid, NAN), valid, k=k), g)
-    close(empg.clarity_bonus(norm.where(valid, NAN), valid, k_future=k_future), f)
-    close(empg.center(modulated.where(valid, NAN), valid), final)
-    close(empg.modulate(ADVANTAGE[: len(rows)], entropy, valid, k=k, k_future=k_future, zeta=zeta), final)
-
-
-@QUICK
-@given(rows=EPISODES, a=st.floats(0.1, 10), b=st.floats(-10, 10), order=st.permutations(range(4)))
-def test_invariants_of_the_modulation(rows, a, b, order):
-    (entropy, valid), advantage = steps(rows), ADVANTAGE[: len(rows)]
-    # H_norm is in [0, 1] and knows neither scale nor offset. eps moves it by at most eps / (max - min), and
-    # max - min is 0 or at least 0.1, then 0.01 after scaling.
-    norm = empg.normalize_entropy(entropy, valid)
-    assert ((norm >= 0) & (norm <= 1)).all()
-    close(empg.normalize_entropy(a * entropy + b, valid), norm, rtol=0, atol=1.1e-6)
-    # g is positive, 1 on average and smaller where the entropy is higher; k = 0: g = 1.
-    g = empg.gradient_scale(norm, valid)[valid]
-    assert (g > 0).all()
-    close(g.sum(), float(valid.sum()))
-    assert torch.equal(norm[valid][:, None] > norm[valid], g[:, None] < g)
-    assert (empg.gradient_scale(norm, valid, k=0.0) == valid).all()
-    # The final advantage has mean 0 over steps, and depends neither on the order of episodes nor on padding.
-    final = empg.modulate(advantage, entropy, valid)
-    close(final.sum(), 0.0)
-    order = [i for i in order if i < len(rows)]
-    close(empg.modulate(advantage[order], entropy[order], valid[order]), final[order])
-    padded = steps([row + [None] * (2 + entropy.shape[1] - len(row)) for row in rows])
-    close(empg.modulate(advantage, *padded)[:, : entropy.shape[1]], final)
-
-
 @QUICK
 @given(rows=STEP_TOKENS)
 @example(rows=[[(-1, 0.0)], []])  # S = 0
@@ -173,6 +120,59 @@ def test_without_g_and_f_the_base_advantage_returns_centred_over_steps():
     advantage = tensor([1.0, -1.0], dtype=F64)
     close(empg.modulate(advantage, *equal, k=0.0, zeta=0.0), [[1.0, 1.0], [-1.0, -1.0]])
     close(empg.modulate(advantage, *unequal, k=0.0, zeta=0.0), [[0.5, 0.5, 0.5], [-1.5, 0.0, 0.0]])
+
+
+def loop_modulation(rows: list[list], k: float, k_future: float, zeta: float) -> list[Tensor]:
+    """H_norm, g, f, the modulated and the final advantage, step by step; 0 where a step has no tokens."""
+    h = {(i, t): x for i, row in enumerate(rows) for t, x in enumerate(row) if x is not None}
+    low, high = min(h.values(), default=0), max(h.values(), default=0)
+    norm = {step: (x - low) / (high - low + 1e-8) for step, x in h.items()}
+    g = {step: math.exp(-k * x) / statistics.fmean(math.exp(-k * y) for y in norm.values()) for step, x in norm.items()}
+    f = {(i, t): math.exp(-k_future * norm[i, t + 1]) if (i, t + 1) in norm else 0.0 for i, t in norm}
+    modulated = {(i, t): ADVANTAGE[i].item() * g[i, t] + zeta * f[i, t] for i, t in norm}
+    final = {step: a - statistics.fmean(modulated.values()) for step, a in modulated.items()}
+    places = [[(i, t) for t in range(len(row))] for i, row in enumerate(rows)]
+    return [pad([[x.get(step) for step in row] for row in places], 0) for x in (norm, g, f, modulated, final)]
+
+
+@QUICK
+@given(rows=EPISODES, options=SETTINGS)
+@example(rows=[[1.0], [2.0]], options=(1.0, 1.0, 0.1))  # one-step episodes: no bonus
+@example(rows=[[0.7, 0.7], [0.7]], options=(1.0, 1.0, 0.1))  # all equal: H_norm = 0, g = 1, f = 1
+@example(rows=[[None, None], [None]], options=(1.0, 1.0, 0.1))  # no valid step
+@example(rows=[[], []], options=(1.0, 1.0, 0.1))  # S = 0
+def test_h_norm_g_f_and_the_final_advantage_match_loops(rows, options):
+    (entropy, valid), (k, k_future, zeta) = steps(rows), options
+    norm, g, f, modulated, final = loop_modulation(rows, *options)
+    close(empg.normalize_entropy(entropy, valid), norm)
+    close(empg.gradient_scale(norm.where(valid, NAN), valid, k=k), g)
+    close(empg.clarity_bonus(norm.where(valid, NAN), valid, k_future=k_future), f)
+    close(empg.center(modulated.where(valid, NAN), valid), final)
+    close(empg.modulate(ADVANTAGE[: len(rows)], entropy, valid, k=k, k_future=k_future, zeta=zeta), final)
+
+
+@QUICK
+@given(rows=EPISODES, a=st.floats(0.1, 10), b=st.floats(-10, 10), order=st.permutations(range(4)))
+def test_invariants_of_the_modulation(rows, a, b, order):
+    (entropy, valid), advantage = steps(rows), ADVANTAGE[: len(rows)]
+    # H_norm is in [0, 1] and knows neither scale nor offset. eps moves it by at most eps / (max - min), and
+    # max - min is 0 or at least 0.1, then 0.01 after scaling.
+    norm = empg.normalize_entropy(entropy, valid)
+    assert ((norm >= 0) & (norm <= 1)).all()
+    close(empg.normalize_entropy(a * entropy + b, valid), norm, rtol=0, atol=1.1e-6)
+    # g is positive, 1 on average and smaller where the entropy is higher; k = 0: g = 1.
+    g = empg.gradient_scale(norm, valid)[valid]
+    assert (g > 0).all()
+    close(g.sum(), float(valid.sum()))
+    assert torch.equal(norm[valid][:, None] > norm[valid], g[:, None] < g)
+    assert (empg.gradient_scale(norm, valid, k=0.0) == valid).all()
+    # The final advantage has mean 0 over steps, and depends neither on the order of episodes nor on padding.
+    final = empg.modulate(advantage, entropy, valid)
+    close(final.sum(), 0.0)
+    order = [i for i in order if i < len(rows)]
+    close(empg.modulate(advantage[order], entropy[order], valid[order]), final[order])
+    padded = steps([row + [None] * (2 + entropy.shape[1] - len(row)) for row in rows])
+    close(empg.modulate(advantage, *padded)[:, : entropy.shape[1]], final)
 
 
 # -------------------------------------------------------------------------------------------------------- GRPO and DAPO
@@ -237,7 +237,10 @@ def test_policy_loss_is_minus_the_smaller_of_ratio_a_and_clipped_ratio_a():
 @example(rows=[[None, None], []], widths=(0.2, 0.28), aggregation="token")
 @example(rows=[[(-1.0, 0.0), (1.0, 0.0)]], widths=(0.2, 0.28), aggregation="token")  # beyond a bound, without advantage
 def test_policy_loss_and_gradient_match_loops(rows, widths, aggregation):
-    """exp(inf) * 0 is nan: multiplied by the mask after exp, one padded position spoilt the batch."""
+    """At ratio 1 the gradient is REINFORCE's, -A; beyond the bound that binds it is 0.
+
+    exp(inf) * 0 is nan: multiplied by the mask after exp, one padded position spoilt the batch.
+    """
     (low, high), batch = widths, tokens(rows)
     loss, metrics = empg.policy_loss(*batch, clip_low=low, clip_high=high, aggregation=aggregation)
     expected, expected_grad = loop_loss(rows, low, high, aggregation)
@@ -248,16 +251,6 @@ def test_policy_loss_and_gradient_match_loops(rows, widths, aggregation):
     assert metrics["clip_low"] == sum(log_ratio < math.log(1 - low) and a < 0 for log_ratio, a in sampled)
     assert metrics["clip_high"] == sum(log_ratio > math.log(1 + high) and a > 0 for log_ratio, a in sampled)
     close(metrics["kl_old"], sum(math.exp(log_ratio) - 1 - log_ratio for log_ratio, _ in sampled))
-
-
-@pytest.mark.parametrize(
-    ("ratio", "advantage", "moves"),  # the gradient is -ratio * A, or 0 beyond the bound that binds
-    [(1, 3, True), (1, -1, True), (1.3, 1, True), (1.5, 1, False), (1.5, -1, True), (0.7, 1, True), (0.7, -1, False)],
-)
-def test_policy_loss_gradient_is_reinforce_at_ratio_1_and_0_beyond_the_binding_bound(ratio, advantage, moves):
-    batch = tokens([[(math.log(ratio), float(advantage))]])
-    loss, _ = empg.policy_loss(*batch, clip_low=0.2, clip_high=0.4)
-    close(torch.autograd.grad(loss, batch[0])[0], [[-ratio * advantage if moves else 0.0]])
 
 
 @pytest.mark.parametrize("advantage", [1.0, 0.0, -1.0])
@@ -430,14 +423,11 @@ def test_only_logp_carries_a_gradient():
         (empg.gradient_scale, [(2, 3), (2, 1)], {}),
         (empg.clarity_bonus, [(2, 3), (2, 4)], {}),
         (empg.modulate, [(3,), (2, 4), (2, 4)], {}),
-        (empg.modulate, [(2, 1), (2, 4), (2, 4)], {}),
         (empg.center, [(2, 3), (2, 1)], {}),
         (empg.spread, [(1, 3), (2, 3)], {}),
-        (empg.spread, [(2,), (2, 3)], {}),
         (empg.group_advantages, [(7,)], {"group_size": 2}),
         (empg.group_advantages, [(2, 2)], {"group_size": 2}),
         (empg.policy_loss, [(2, 3), (2, 3), (2, 1), (2, 3)], {}),
-        (empg.policy_loss, [(2, 3), (2, 3), (2, 3), (3,)], {}),
         (empg.aggregate, [(2, 3), (1, 3)], {"aggregation": "token"}),
         (empg.token_logp_and_entropy, [(2, 3, 4), (2, 4)], {}),
         (empg.token_logp_and_entropy, [(3, 4), (3,)], {}),

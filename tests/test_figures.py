@@ -1,8 +1,6 @@
 """figures.py: what is drawn is what was measured, and what cannot be drawn is named."""
 
 import json
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
@@ -106,10 +104,3 @@ def test_usage_is_shown(arguments, status, capsys, monkeypatch, write):
     assert error.value.code == status
     assert "usage: " in "".join(capsys.readouterr())
     assert path.read_text() == GOOD
-
-
-def test_the_command_ends_with_one_line_and_status_1(tmp_path):
-    command = [sys.executable, figures.__file__, "nothing.jsonl", "x.png"]
-    result = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True)
-    assert (result.returncode, result.stdout) == (1, "")
-    assert result.stderr == "figures.py: [Errno 2] No such file or directory: 'nothing.jsonl'\n"
