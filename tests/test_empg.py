@@ -168,6 +168,7 @@ def test_invariants_of_the_modulation(rows, a, b, order):
     assert (empg.gradient_scale(norm, valid, k=0.0) == valid).all()
     # The final advantage has mean 0 over steps, and depends neither on the order of episodes nor on padding.
     final = empg.modulate(advantage, entropy, valid)
+    close(final, loop_modulation(rows, k=1.0, k_future=1.0, zeta=0.1)[-1])  # the defaults
     close(final.sum(), 0.0)
     order = [i for i in order if i < len(rows)]
     close(empg.modulate(advantage[order], entropy[order], valid[order]), final[order])
