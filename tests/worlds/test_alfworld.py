@@ -508,7 +508,7 @@ def test_a_game_without_a_way_to_win_has_no_solution(env, data):
 def test_games_that_are_there_stay(data):
     from worlds.alfworld_games import write_games
 
-    with pytest.raises(ValueError, match="is there already; remove it or choose another --out"):
+    with pytest.raises(ValueError, match="exists already; remove it or choose another --out"):
         write_games(config_of(Path(data), "train"))
 
 
