@@ -104,7 +104,7 @@ def speed_up() -> None:
     Rule.parse_conjunctive_query = functools.cache(Rule.parse_conjunctive_query)
     logic._parse_and_convert = functools.lru_cache(GAMES_KEPT)(logic._parse_and_convert)
 
-    # The engine adds to a context but never changes its values. New dicts are enough; the engine makes a deep copy.
+    # The engine adds to a context but never changes its values. New dicts are enough; textworld makes a deep copy.
     textgen.copy_context = lambda context: {
         **context,
         "variables": dict(context["variables"]),

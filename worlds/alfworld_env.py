@@ -234,8 +234,8 @@ class AlfWorld:
 class Oracle:
     """A player that knows where everything is. It decides on the next action from the facts of the current state.
 
-    Planning can take a second and more, this takes less than 1 ms. Its actions are also easier to learn: it takes the
-    wanted object that is nearest, while one of several shortest plans may fetch another of the same kind.
+    Planning can take more than a second. This takes less than 1 ms. Its actions are also easier to learn: it takes a
+    wanted object that is here, while one of several shortest plans may fetch another of the same kind.
     """
 
     def __init__(self, game: Game, facts: dict[str, set[tuple[str, ...]]], put: str):
@@ -289,7 +289,7 @@ class Oracle:
         at_home = [self.place.get(o) for o in self.ready]
         most = max(map(at_home.count, homes), default=0)
         best = [r for r in homes if at_home.count(r) == most]
-        # With empty hands the choice must not depend on where the agent is. It would go back and forth for ever.
+        # With empty hands the choice must not depend on where the agent is, or it would go back and forth.
         return self._nearest(best) if self.held else min(best, default=None)
 
     def _nearest(self, spots: Iterable[str]) -> str | None:

@@ -164,7 +164,7 @@ def goals(room: Room, task_type: str) -> list[tuple[str, str]]:
     homes = {kind: sorted({kind_of(receptacle) for receptacle in room.places_for(kind)}) for kind in kinds}
     if task_type == "look_at_obj_in_light":
         return [(kind, "") for kind in kinds if homes[kind] and kind not in ABILITIES["Toggleable"]]
-    # An object starts away from its home, so it needs a second kind of receptacle. Its appliance is never its home.
+    # An object starts away from its home, so it needs a second kind of receptacle. The home is not the appliance.
     return [(kind, home) for kind in kinds if len(homes[kind]) > 1 for home in homes[kind] if home != appliance]
 
 

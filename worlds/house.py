@@ -197,6 +197,7 @@ class House:
         kind = rng.choice([kind for kind, verbs in OBJECTS.items() if treatment is None or treatment in verbs])
         if task_type == "look_at_obj_in_light":
             return Goal(task_type, kind, "desklamp")
+        # Nothing is stored in a sink, or in the appliance that treats it.
         kinds = sorted({kind_of(r) for r in receptacles} - {"sinkbasin", APPLIANCES.get(treatment)})
         return Goal(task_type, kind, rng.choice(kinds))
 
