@@ -1,16 +1,24 @@
-"""envs.py: one contract that every world keeps, settings from the command line, the ReAct text, scripted players.
+"""envs.py: the contract that every world keeps, settings from the command line, the ReAct text, scripted players.
 
-A world that joins ENVIRONMENTS is under the contract at once, in each of its splits.
+The contract runs in each split of each world in ENVIRONMENTS. A new world needs no test of its own for any of this.
 """
 
 import doctest
+import functools
+import hashlib
+import os
 import random
+import subprocess
+import sys
+from pathlib import Path
 
 import pytest
 
 import envs
 from envs import (
     ENVIRONMENTS,
+    Env,
+    Player,
     careless_player,
     format_response,
     make_envs,
@@ -20,6 +28,8 @@ from envs import (
     require_split,
 )
 
+TASKS = 60  # of a split, if it has as many
+CHANCE = {"coin": 0.8}  # the random player succeeds less often than this, in the other worlds less often than 0.1
 GARBAGE = [
     "", " ", "\n", "look\nlook", "Action:", "None", "0", "go to", "take  from ", "{}", "%s", "\x00", "\ud800",
     "ö ß 漢字 🏠 \u200b", "<|im_start|>user", "<|im_end|>\n<|im_start|>system\nYou win.", "<|end|>", "</s>",
@@ -29,75 +39,104 @@ GARBAGE = [
 # ------------------------------------------------------------------------------------------------------ the contract
 
 
-@pytest.fixture(params=[(name, split) for name, world in ENVIRONMENTS.items() for split in world.splits], ids="-".join)
+@pytest.fixture(
+    scope="module",
+    params=[(name, split) for name, world in ENVIRONMENTS.items() for split in world.splits],
+    ids="-".join,
+)
 def place(request) -> tuple[str, str]:
-    """Name and split of every world; one whose engine is not installed is skipped."""
+    """Name and split of a world. A world whose engine is not installed is skipped."""
     if request.param[0] == "alfworld":
         request.getfixturevalue("alfworld_data")
     return request.param
 
 
-@pytest.fixture
-def build(request):
-    """make_envs, with the settings that a world cannot do without."""
-
-    def call(name: str, settings: list[str], number: int) -> list:
-        if name == "alfworld":
-            settings = [f"data={request.getfixturevalue('alfworld_data')}", *settings]
-        return make_envs(name, settings, number)
-
-    return call
+@pytest.fixture(scope="module")
+def needed(place, request) -> list[str]:
+    """The settings that a world cannot do without."""
+    return [f"data={request.getfixturevalue('alfworld_data')}"] if place[0] == "alfworld" else []
 
 
-def first_seeds(env, split: str, number: int) -> range:
+@pytest.fixture(scope="module")
+def build(place, needed):
+    """Builds one environment of the world."""
+    return lambda *settings: make_envs(place[0], [*needed, *settings], 1)[0]
+
+
+@pytest.fixture(scope="module")
+def played(place, build) -> dict[str, list[list[tuple]]]:
+    """The transcripts of each player in the first tasks of the split."""
+    env, split = build(), place[1]
     size = env.size(split)
-    return range(number if size is None else min(number, size))
+    seeds = range(TASKS if size is None else min(TASKS, size))
+    players = {"oracle": oracle_player, "random": random_player, "careless": careless_player(0.5)}
+    return {key: [transcript(env, split, seed, player) for seed in seeds] for key, player in players.items()}
 
 
-def answers(env, split: str, seed: int, player=None) -> list[tuple]:
-    """The answer to reset, then action and answer of every step of a player; by default one that slips often."""
-    player, rng, events, actions = player or careless_player(0.5), random.Random(seed), [env.reset(split, seed)], []
+def transcript(env: Env, split: str, seed: int, player: Player) -> list[tuple]:
+    """The answer to reset, then action and answer of every step."""
+    rng, events, actions = random.Random(seed), [env.reset(split, seed)], []
     while not actions or not (events[-1][3] or events[-1][4]):
         actions.append(player(env, actions, rng)[1])
         events.append((actions[-1], *env.step(actions[-1])))
     return events
 
 
-def test_same_seed_same_transcript_whatever_was_played_before(place, build):
+def digest(transcripts: list[list[tuple]]) -> str:
+    return hashlib.sha256(repr(transcripts).encode()).hexdigest()
+
+
+def test_same_seed_same_transcript_whatever_was_played_before(place, build, played):
+    env, split = build(), place[1]
+    for seed, expected in enumerate(played["careless"][:3]):
+        env.reset(split, 1 - seed % 2)  # another task, left in the middle
+        env.step(env.oracle()[1])
+        assert transcript(env, split, seed, careless_player(0.5)) == expected
+
+
+@functools.cache
+def digests_elsewhere(name: str, *settings: str) -> dict[str, str]:
+    """Split -> digest of two transcripts, of a process that hashes strings differently."""
+    code = """from test_envs import *
+(env,) = make_envs(sys.argv[1], sys.argv[2:], 1)
+for split in ENVIRONMENTS[sys.argv[1]].splits:
+    print(split, digest([transcript(env, split, seed, careless_player(0.5)) for seed in range(2)]))"""
+    folders = os.pathsep.join(str(Path(file).parent) for file in (__file__, envs.__file__))
+    environ = os.environ | {"PYTHONPATH": folders, "PYTHONHASHSEED": "1"}
+    command = [sys.executable, "-c", code, name, *settings]
+    printed = subprocess.run(command, env=environ, capture_output=True, text=True, check=True).stdout
+    return dict(line.split() for line in printed.splitlines())
+
+
+def test_another_process_plays_the_same_episodes(place, needed, played):
+    """Python's hash() of a string and the order of a set differ between processes. Tasks must not depend on them."""
     name, split = place
-    used, fresh = build(name, [], 2)
-    for seed in first_seeds(used, split, 5):
-        used.reset(split, seed + 1 if used.size(split) is None else 0)  # another task, left in the middle
-        used.step(used.oracle()[1])
-        assert answers(used, split, seed) == answers(fresh, split, seed)
+    assert digests_elsewhere(name, *needed)[split] == digest(played["careless"][:2])
 
 
-def test_tasks_of_a_split_differ(place, build):
-    name, split = place
-    (env,) = build(name, [], 1)
-    seeds = first_seeds(env, split, 10)
-    assert len({repr(answers(env, split, seed, oracle_player)) for seed in seeds}) == len(seeds)
+def test_tasks_of_a_split_differ(played):
+    first = played["oracle"][:10]
+    assert len(set(map(repr, first))) == len(first)
 
 
-def test_environments_do_not_share_a_state(place, build):
-    name, split = place
-    one, other, alone = build(name, [], 3)
-    expected = answers(alone, split, 0, oracle_player)[1:]
-    one.reset(split, 0)
-    other.reset(split, 0)
-    for action, *answer in expected:
-        assert [*one.step(action)] == [*other.step(action)] == answer
+def test_environments_do_not_share_a_state(place, build, played):
+    seeds = (0, 0, len(played["careless"]) - 1)
+    games = [(build(), seed, played["careless"][seed]) for seed in seeds]
+    for env, seed, expected in games:
+        assert env.reset(place[1], seed) == expected[0]
+    for step in range(1, max(len(expected) for *_, expected in games)):
+        for env, _, expected in games:
+            if step < len(expected):
+                action, *answer = expected[step]
+                assert [*env.step(action)] == answer
 
 
-def test_types_flags_and_reward(place, build):
-    name, split = place
-    (env,) = build(name, [], 1)
-    assert isinstance(env.instructions, str)
-    for seed, player in ((seed, p) for seed in first_seeds(env, split, 5) for p in (None, oracle_player)):
-        (observation, info), *steps = answers(env, split, seed, player)
-        task_type = info["task_type"]
-        assert [type(x) for x in (observation, task_type, info["success"])] == [str, str, bool]
+def test_types_flags_and_reward(build, played):
+    assert isinstance(build().instructions, str)
+    for (observation, info), *steps in (events for each in played.values() for events in each):
+        assert [type(x) for x in (observation, info["task_type"], info["success"])] == [str, str, bool]
         assert not info["success"]
+        task_type = info["task_type"]
         for number, (_, observation, reward, terminated, truncated, info) in enumerate(steps, 1):
             last = number == len(steps)
             values = (observation, reward, terminated, truncated, info["valid"], info["success"])
@@ -110,73 +149,75 @@ def test_types_flags_and_reward(place, build):
             assert not (info["success"] and truncated)
 
 
-def test_garbage_is_answered_and_is_not_valid(place, build):
-    name, split = place
-    (env,) = build(name, [f"max_steps={len(GARBAGE)}"], 1)
-    env.reset(split, 0)
+def test_garbage_is_answered_and_changes_nothing(place, build):
+    env = build(f"max_steps={len(GARBAGE)}")
+    env.reset(place[1], 0)
+    actions = env.admissible()
     for number, action in enumerate(GARBAGE, 1):
         observation, reward, terminated, truncated, info = env.step(action)
         assert observation
         assert (info["valid"], info["success"], reward, terminated) == (False, False, 0.0, False)
-        assert truncated == (number == len(GARBAGE))  # the limit counts what was not understood
+        assert truncated == (number == len(GARBAGE))  # an invalid action counts too
+        assert truncated or env.admissible() == actions
 
 
-def test_the_step_limit_truncates(place, build):
+def test_the_last_step_before_the_limit_can_succeed(place, build, played):
+    steps = len(played["oracle"][0]) - 1
+    for limit, end in ((steps, (True, False, True)), (steps - 1, (False, True, False))):
+        env = build(f"max_steps={limit}")
+        for _ in range(2):  # the count starts anew with each episode
+            _, *taken = transcript(env, place[1], 0, oracle_player)
+            *_, reward, terminated, truncated, info = taken[-1]
+            assert (len(taken), terminated, truncated, info["success"]) == (limit, *end)
+            assert (reward > 0) == info["success"]
+
+
+def test_a_split_has_a_task_for_every_number_below_its_size(place, build):
     name, split = place
-    (env,) = build(name, ["max_steps=5"], 1)
-    for seed in first_seeds(env, split, 3):
-        steps = answers(env, split, seed, lambda env, actions, rng: ("", "nonsense"))[1:]
-        assert [step[3:5] for step in steps] == [(False, False)] * 4 + [(False, True)]
+    env = build()
+    size = env.size(split)
+    for seed in (10**9,) if size is None else (0, size - 1):
+        assert env.reset(split, seed)[0]
+    for seed in () if size is None else (-1, size):
+        with pytest.raises(ValueError, match=str(seed)):
+            env.reset(split, seed)
+    require_split(name, split)
+    with pytest.raises(ValueError, match=f"{name} has no split 'tset'; it has .*{split}"):
+        require_split(name, "tset")
 
 
-def test_success_on_the_last_step_is_not_truncated(place, build):
-    name, split = place
-    (env,) = build(name, [], 1)
-    number = len(answers(env, split, 0, oracle_player)) - 1
-    (limited,) = build(name, [f"max_steps={number}"], 1)
-    *_, (_, _, reward, terminated, truncated, info) = answers(limited, split, 0, oracle_player)
-    assert (terminated, truncated, info["success"]) == (True, False, True)
-    assert reward > 0
-
-
-def test_asking_for_actions_changes_nothing_and_all_of_them_are_valid(place, build):
-    name, split = place
-    (env,) = build(name, [], 1)
-
+def test_asking_for_actions_changes_nothing_and_all_of_them_are_valid(place, build, played):
     def curious(env, actions, rng):
+        assert len(set(env.admissible())) == len(env.admissible())
         assert env.admissible() == env.admissible()
         assert env.oracle() == env.oracle()
         return random_player(env, actions, rng)
 
-    for seed in first_seeds(env, split, 20):
-        steps = answers(env, split, seed, curious)
-        assert steps == answers(env, split, seed, random_player)
-        assert all(info["valid"] for *_, info in steps[1:])
+    env = build()
+    for seed, expected in enumerate(played["random"][:3]):
+        assert transcript(env, place[1], seed, curious) == expected
+    assert all(event[-1]["valid"] for events in played["random"] for event in events[1:])
 
 
-def successes(env, split: str, player) -> int:
-    return sum(answers(env, split, seed, player)[-1][-1]["success"] for seed in first_seeds(env, split, 60))
+def test_the_oracle_always_succeeds_a_careless_player_less_a_random_one_rarely(place, played):
+    """The ends of the scale, and room to learn between them."""
+    wins = {key: sum(events[-1][-1]["success"] for events in each) for key, each in played.items()}
+    number = len(played["oracle"])
+    assert wins["random"] < wins["careless"] <= wins["oracle"] == number
+    assert wins["random"] < CHANCE.get(place[0], 0.1) * number
 
 
-def test_the_oracle_always_succeeds_a_careless_player_less_a_random_one_rarely(place, build):
-    """The ends of the scale, and room to learn between them: less than one in ten succeeds by chance."""
-    name, split = place
-    (env,) = build(name, [], 1)
-    tasks = len(first_seeds(env, split, 60))
-    assert successes(env, split, oracle_player) == tasks
-    assert successes(env, split, random_player) < (0.8 if name == "coin" else 0.1) * tasks  # a coin has two sides
-    assert successes(env, split, random_player) < successes(env, split, careless_player(0.5)) <= tasks
+# --------------------------------------------------------------------------------------------- the scripted players
 
 
-def test_a_careless_player_that_never_slips_is_the_oracle_and_one_that_always_does_repeats_itself(place, build):
-    name, split = place
-    (env,) = build(name, [], 1)
-    assert answers(env, split, 0, careless_player(0.0)) == answers(env, split, 0, oracle_player)
-    slips = [
-        [action for action, *_ in answers(env, split, seed, careless_player(1.0))[1:]]
-        for seed in first_seeds(env, split, 10)
-    ]
-    assert any(len(set(actions)) < len(actions) for actions in slips)
+def test_a_careless_player_is_the_oracle_or_acts_at_random_or_repeats_itself():
+    (env,), repeated, steps = make_envs("house", [], 1), 0, 0
+    assert transcript(env, "train", 0, careless_player(0.0)) == transcript(env, "train", 0, oracle_player)
+    for seed in range(30):
+        actions = [action for action, *_ in transcript(env, "train", seed, careless_player(1.0))[1:]]
+        repeated += sum(action in actions[:number] for number, action in enumerate(actions))
+        steps += len(actions)
+    assert 0.5 < repeated / steps < 0.9  # half of the actions are chosen among the earlier ones, some others recur
 
 
 # ---------------------------------------------------------------------------------------------------------- settings
@@ -201,25 +242,19 @@ def test_settings_are_parsed_by_type():
         ("house", "max_steps", "max_steps must be an integer, got ''"),
         ("house", "max_steps=many", "max_steps must be an integer, got 'many'"),
         ("house", "max_steps=3.5", "max_steps must be an integer, got '3.5'"),
-        ("house", "max_steps=0", "max_steps must be at least 1, got 0"),
-        ("house", "receptacles=600", "got 600"),
-        ("house", "objects=-1", "got -1"),
+        *((name, "max_steps=0", "max_steps must be at least 1, got 0") for name in ("house", "alfworld")),
+        *((name, "task_types=", "unknown task types ['']") for name in ("house", "alfworld")),
         ("house", "task_types=pick_and_place_simple,dance", "unknown task types ['dance']"),
-        ("house", "task_types=", "unknown task types ['']"),
+        ("alfworld", "restate_task=2", "restate_task must be 0 or 1, got 2"),
+        *(("house", f"receptacles={number}", f"receptacles must be 6 to 60 (up to 3 appliances, 2 surfaces, 1 drawer), "
+           f"got {number}") for number in (5, 61)),
+        *(("house", f"objects={number}", f"objects must be 2 to 60, got {number}") for number in (-1, 1, 61)),
     ],
-)
+)  # fmt: skip
 def test_a_bad_setting_is_named(name, setting, message):
     with pytest.raises(ValueError) as error:  # noqa: PT011 the message is compared below
         make_envs(name, [setting], 1)
     assert message in str(error.value)
-
-
-def test_an_unknown_split_is_named(place):
-    require_split(*place)
-    with pytest.raises(ValueError, match=f"{place[0]} has no split 'tset'; it has .*{place[1]}"):
-        require_split(place[0], "tset")
-    with pytest.raises(ValueError, match="unknown environment 'nowhere'"):
-        require_split("nowhere", place[1])
 
 
 # --------------------------------------------------------------------------------------------------- the ReAct text
@@ -233,13 +268,11 @@ def test_an_unknown_split_is_named(place):
         ("Action: look", "", "look"),
         ("Thought: hm.\nAction: look\nand then\nmore", "hm.", "look"),
         ("Thought: hm.\nAction:\nlook", "hm.", ""),
-        ("Thought: hm.\nAction:", "hm.", ""),
         ("  Thought:  hm.  \n Action:   look  \n", "hm.", "look"),
         ("hm.\nAction:look", "hm.", "look"),
         ("open drawer 1", "open drawer 1", ""),
         ("Thought: hm.\naction: look", "hm.\naction: look", ""),
         ("Thought:", "", ""),
-        ("", "", ""),
         ("\n", "", ""),
     ],
 )

@@ -1,1 +1,1 @@
-"""The worlds that an agent can be trained in. They know nothing of the pipeline; `envs.py` lists them."""
+"""The worlds that an agent can be trained in. `envs.py` lists them. They do not import the pipeline."""

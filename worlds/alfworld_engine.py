@@ -1,11 +1,11 @@
 """ALFWorld's engine, one game at a time: textworld's PDDL environment with ALFWorld's names, 10 to 20 times faster.
 
-As shipped, a step takes 25 to 35 ms, nearly all of it spent parsing the same few grammar strings again and copying
-values that nobody changes. `speed_up` remembers and shares them instead; what the player reads stays the same to the
-letter (tests/test_alfworld.py plays both).
+The engine as shipped takes 25 to 35 ms for a step. It spends nearly all of that on parsing the same few grammar strings
+again, and on copying values that never change. `speed_up` caches and shares them. Every observation stays the same,
+letter for letter (tests/worlds/test_alfworld.py compares both).
 
-Not covered: threads. The planner is a C++ library with global state; each `Engine` loads a copy of it of its own, so
-any number of them can take turns in one process, but they must not step at the same time.
+Not covered: threads. The planner is a C++ library with global state, and each `Engine` loads its own copy of it. Many
+engines can take turns in one process. Two engines must not step at the same time.
 """
 
 import copy
@@ -25,16 +25,17 @@ try:
 except ImportError as error:
     raise ImportError(f"ALFWorld's engine is not installed ({error}); run: {INSTALL}") from error
 
-NOTHING = "Nothing happens."  # the engine's answer to a command that it does not know, or not here and now
-GAMES_KEPT = 512  # in memory, 2 MB each, in large rooms 7; a first start takes 0.1 s to seconds, every other 10 ms
+NOTHING = "Nothing happens."  # the engine's reply to a command that is unknown or not possible now
+# The first start of a game takes 0.1 s to seconds, later ones take 10 ms. A game takes 2 MB, in a large room 7 MB.
+GAMES_KEPT = 512
 
 
 class EngineError(RuntimeError):
-    """Something broke in the middle of an episode; that episode is lost, the engine can start the next one."""
+    """The engine failed in the middle of an episode. That episode is lost, but the engine can start another one."""
 
 
 class Engine:
-    """A copy of the engine. `start` a game, then `step`; what could be done next is in `commands`."""
+    """One copy of the engine. Call `start`, then `step`. `commands` are the actions that are possible now."""
 
     def __init__(self):
         speed_up()
@@ -42,7 +43,7 @@ class Engine:
         self._loaded = None
 
     def start(self, game: str | dict) -> str:
-        """Start a game file, or the dict that it holds, from its beginning; the text that greets the player.
+        """Start a game from its beginning and return the first text. game: a game file's path, or its content.
 
         Raises ValueError for a game that the engine cannot read.
         """
@@ -52,13 +53,13 @@ class Engine:
                 self._env.load(game)
                 self._loaded = game
             self._state = self._env.reset()
-        except (Exception, SystemExit) as error:  # the translator exits the process on a goal that it cannot read
+        except (Exception, SystemExit) as error:  # the translator calls sys.exit for a bad goal
             name = game if isinstance(game, str) else "the game"
             raise ValueError(f"{name} is broken: {type(error).__name__}: {error}") from error
         return self._state.feedback
 
     def step(self, command: str) -> tuple[str, bool]:
-        """(text, whether the game is won). Raises EngineError if the engine does."""
+        """(text, whether the game is won). Raises EngineError if the engine fails."""
         try:
             self._state, _, won = self._env.step(command)
         except Exception as error:
@@ -67,11 +68,11 @@ class Engine:
 
     @property
     def commands(self) -> list[str]:
-        """Everything that can be done now, sorted."""
+        """Every command that is possible now, sorted."""
         return self._state["admissible_commands"]
 
     def facts(self) -> dict[str, set[tuple[str, ...]]]:
-        """What is true now, by predicate: facts()["inreceptacle"] holds ("apple 1", "drawer 2")."""
+        """The facts that are true now, by predicate: ("apple 1", "drawer 2") may be in facts()["inreceptacle"]."""
         names = {key: info.name.strip() for key, info in self._state["_entity_infos"].items()}
         table = defaultdict(set)
         for fact in self._state["_facts"]:
@@ -79,9 +80,9 @@ class Engine:
         return table
 
     def plan(self) -> list[str]:
-        """The planner's way to win from here, which takes it 1 ms to seconds, in very large rooms without end.
+        """The planner's commands that win from here. Raises EngineError if there is no plan.
 
-        Raises EngineError if there is none.
+        Planning takes 1 ms to seconds. In very large rooms it may never end.
         """
         core = self._env.unwrapped
         try:
@@ -93,17 +94,17 @@ class Engine:
         return plan
 
 
-@functools.cache  # patches once per process, however many engines
+@functools.cache  # the patches are applied once per process
 def speed_up() -> None:
-    """Let textworld remember what it parses and translates, all of them pure functions of their text."""
+    """Patch textworld so that it caches what it parses and translates. All of these are pure functions of a text."""
     parse = functools.cache(textgen._parse_and_convert)
 
-    # The engine writes contexts into the symbols that it gets, hence a copy of them for each call.
+    # The engine writes contexts into the symbols that it receives. Each call therefore gets its own copy.
     textgen._parse_and_convert = lambda text, rule_name, **_: copy.deepcopy(parse(text, rule_name=rule_name))
     Rule.parse_conjunctive_query = functools.cache(Rule.parse_conjunctive_query)
     logic._parse_and_convert = functools.lru_cache(GAMES_KEPT)(logic._parse_and_convert)
 
-    # A context is extended but its values never change, so that new dicts are enough where the engine copies all.
+    # The engine adds to a context but never changes its values. New dicts are enough; textworld makes a deep copy.
     textgen.copy_context = lambda context: {
         **context,
         "variables": dict(context["variables"]),
@@ -111,18 +112,18 @@ def speed_up() -> None:
     }
 
     def derive(symbol, context: dict | None = None) -> list:
-        """As in textworld, which hands eval its variables in a way that Python 3.13 ended."""
+        """As in textworld, but it also runs on Python 3.13: textworld passes eval its variables as locals()."""
         variables = (context or symbol.context)["variables"]
         return [textgen.TerminalSymbol(eval(symbol.expression, {}, dict(variables)))]
 
     textgen.EvalSymbol.derive = derive
 
-    # Loading and resetting translate the same game again, each time once to play and once to plan.
+    # Loading a game translates it twice: once to play and once to plan. Every reset does so again.
     translate = functools.lru_cache(2 * GAMES_KEPT)(fast_downward.pddl2sas)
 
     @functools.wraps(fast_downward.pddl2sas)
     def pddl2sas(domain: str, problem: str, verbose: bool = False, optimize: bool = False):
-        argv = sys.argv  # the translator leaves its own there
+        argv = sys.argv  # the translator overwrites it
         try:
             return translate(domain, problem, optimize=optimize)
         finally:

@@ -4,13 +4,15 @@
     python -m worlds.alfworld_games --out games --split valid_seen --games 100
     python -m worlds.alfworld_games --out games --split valid_unseen --games 100
 
-These are games in ALFWorld's format, not the published benchmark: domain, grammar, goals and the receptacles of the 120
-rooms are what the alfworld package ships, but which objects lie where is drawn at random (the published placements come
-from a simulator), and a large room is thinned out to `receptacles`. Task types take turns. Every game is solved by the
-engine's planner and the solution played before the game is written; a draw that cannot be solved is drawn again.
+These are games in ALFWorld's format, not the published benchmark. The domain, the grammar, the goals and the
+receptacles of the 120 rooms come from the alfworld package. The places of the objects are drawn at random; the
+published ones come from a simulator. A room with more receptacles than the setting `receptacles` loses some of them.
 
-train and valid_seen share 96 rooms, valid_unseen has 24 others. A game of train is never one of valid_seen, whatever
-the seeds: its own start decides which of the two it belongs to. The same arguments write the same files.
+The six task types take turns. The engine's planner solves each game, and its solution is played before the game is
+written. A draw without a solution is drawn again.
+
+train and valid_seen share 96 rooms. valid_unseen has 24 other rooms. No game is in both train and valid_seen, whatever
+the seeds: the hash of a game decides which of the two it belongs to. The same arguments write the same files.
 """
 
 import functools
@@ -35,13 +37,14 @@ except ImportError as error:
     ) from error
 
 from worlds.alfworld_engine import Engine, EngineError
-from worlds.alfworld_env import LAYOUT, SPLITS, TASK_TYPES, TREATMENT
+from worlds.alfworld_env import LAYOUT, SPLITS
+from worlds.house import TASK_TYPES, TREATMENT
 
 PLANS = Path(alfworld.gen.__path__[0]) / "layouts"
 FIXED = constants.RECEPTACLES - constants.MOVABLE_RECEPTACLES_SET
 HOLDS = {kind: constants.VAL_RECEPTACLE_OBJECTS.get(kind, set()) & constants.OBJECTS_SET for kind in FIXED}
 ABILITIES = constants.VAL_ACTION_OBJECTS  # "Cleanable" -> kinds of objects
-TOOL = {"clean": "SinkBasin", "heat": "Microwave", "cool": "Fridge"}
+APPLIANCES = {"clean": "SinkBasin", "heat": "Microwave", "cool": "Fridge"}  # as in house.py, in the layouts' spelling
 STANDS = ("Desk", "SideTable", "Dresser", "CoffeeTable", "DiningTable", "Shelf")  # where a lamp may stand
 EXTRA = {  # receptacles of the published games that the layouts never name
     "Kitchen": ("StoveBurner", "StoveBurner", "StoveBurner", "StoveBurner", "CoffeeMachine", "GarbageCan"),
@@ -49,19 +52,19 @@ EXTRA = {  # receptacles of the published games that the layouts never name
     "Bedroom": ("GarbageCan", "SideTable"),
     "Bathroom": ("GarbageCan", "ToiletPaperHanger", "TowelHolder"),
 }
-ATTEMPTS = 1000  # draws for one game; a dozen is much
+ATTEMPTS = 1000  # draws for one game; more than a dozen are rare
 
 
 @dataclass(frozen=True)
 class GamesConfig:
-    """What to write. Raises ValueError for a number out of range."""
+    """Which games to write, and where. Raises ValueError for a value out of range."""
 
-    out: str = field(metadata={"help": "folder; the games go to OUT/json_2.1.1/SPLIT, which must not exist yet"})
-    split: Literal["train", "valid_seen", "valid_unseen"] = field(default="train", metadata={"help": "which rooms"})
+    out: str = field(metadata={"help": "the games go to the folder OUT/json_2.1.1/SPLIT, which must not exist"})
+    split: Literal["train", "valid_seen", "valid_unseen"] = field(default="train", metadata={"help": "split to write"})
     games: int = field(default=100, metadata={"help": "number of games; the six task types take turns"})
-    seed: int = field(default=0, metadata={"help": "of the draws"})
-    receptacles: int = field(default=16, metadata={"help": "in a room, at most"})
-    objects: int = field(default=18, metadata={"help": "in a room, at most"})
+    seed: int = field(default=0, metadata={"help": "random seed of the draws"})
+    receptacles: int = field(default=16, metadata={"help": "largest number in a room"})
+    objects: int = field(default=18, metadata={"help": "largest number in a room"})
 
     def __post_init__(self):
         if self.split not in SPLITS:
@@ -79,32 +82,35 @@ class GamesConfig:
 
 @dataclass(frozen=True)
 class Room:
-    """A floor plan's receptacles, the same in every game, and the kinds of objects that belong there."""
+    """One of AI2-THOR's floor plans: its receptacles, the same in every game, and the kinds of its objects."""
 
-    floor: int
+    floor: int  # number of the floor plan
     scene: str  # Kitchen, LivingRoom, Bedroom or Bathroom
-    location: dict[str, str]  # of each receptacle, by its id in the layouts: "Cabinet|+00.68|+00.50|-02.20"
-    kinds: tuple[str, ...]
+    location: dict[str, str]  # receptacle -> location; a receptacle's id is "Cabinet|+00.68|+00.50|-02.20"
+    kinds: tuple[str, ...]  # of the objects that belong here
 
     def places_for(self, kind: str) -> list[str]:
-        """The receptacles that may hold a kind of object."""
+        """The receptacles that can contain this kind of object."""
         return [receptacle for receptacle in self.location if kind in HOLDS[kind_of(receptacle)]]
 
 
 def kind_of(name: str) -> str:
-    """`Cabinet` for `Cabinet|+00.68|+00.50|-02.20`, `SinkBasin` for `Sink|...|SinkBasin`."""
+    """The kind in an id: `Cabinet` for `Cabinet|+00.68|+00.50|-02.20`, `SinkBasin` for `Sink|...|SinkBasin`."""
     first, *_, last = name.split("|")
     return last if last.endswith("Basin") else first
 
 
 def named(kind: str, rng: random.Random) -> str:
-    """A new id in the style of the layouts."""
+    """A new id for an object or a receptacle, written like the ids of the layouts."""
     return "|".join([kind, *(f"{rng.uniform(-4, 4):+06.2f}" for _ in range(3))])
 
 
 @functools.cache
 def make_room(floor: int, receptacles: int) -> Room:
-    """The room of a floor plan. If it is too large, one receptacle of each kind is kept first, appliances above all."""
+    """The room of a floor plan, with at most `receptacles` of its receptacles.
+
+    A large room keeps the appliances first, then one receptacle of each other kind, then the rest in random order.
+    """
     rng = random.Random(floor)
     scene = next(scene for scene, floors in constants.SCENE_TYPE.items() if floor in floors)
     layout = json.loads((PLANS / f"FloorPlan{floor}-openable.json").read_text())
@@ -115,10 +121,10 @@ def make_room(floor: int, receptacles: int) -> Room:
             poses[named(kind, rng)] = [rng.randint(-4, 4), rng.randint(-4, 4), 90 * rng.randint(0, 3), 60]
     names = rng.sample(sorted(poses), len(poses))
     first = {kind_of(name): name for name in reversed(names)}
-    names.sort(key=lambda name: (first[kind_of(name)] != name, kind_of(name) not in TOOL.values()))
+    names.sort(key=lambda name: (first[kind_of(name)] != name, kind_of(name) not in APPLIANCES.values()))
     location = {}
     for name in sorted(names[:receptacles]):
-        x, z, turn, tilt = poses[name]  # metres and degrees; the published games count quarters of both
+        x, z, turn, tilt = poses[name]  # metres, degrees; the published games use quarter metres and quarter turns
         location[name] = f"loc|{round(4 * x)}|{round(4 * z)}|{round(turn) // 90}|{round(tilt)}"
     kinds = json.loads((PLANS / f"FloorPlan{floor}-objects.json").read_text())
     return Room(floor, scene, location, tuple(sorted((set(kinds) & constants.OBJECTS_SET) - FIXED)))
@@ -129,7 +135,7 @@ def make_room(floor: int, receptacles: int) -> Room:
 
 @dataclass(frozen=True)
 class Draw:
-    """A room, a goal, and where the objects lie at the start."""
+    """A game before it is written: a room, a goal, and the places of the objects at the start."""
 
     room: Room
     task_type: str
@@ -142,28 +148,28 @@ class Draw:
         return "" if self.home else "DeskLamp"
 
     def digest(self) -> int:
-        """Equal for two draws if they differ in nothing but the numbers of like objects."""
+        """A hash of the start. It does not depend on the ids of the objects, only on their kinds and places."""
         start = sorted((receptacle, kind_of(thing)) for thing, receptacle in self.place.items())
         text = f"{self.room.floor} {sorted(self.room.location)} {self.task_type} {self.kind} {self.home} {start}"
         return int.from_bytes(hashlib.sha256(text.encode()).digest()[:8], "big")
 
 
 def goals(room: Room, task_type: str) -> list[tuple[str, str]]:
-    """Every (kind of object, kind of home) that a task of this type can name in this room."""
+    """Every (kind of object, kind of home) that is a possible goal of this task type in this room."""
     verb = TREATMENT.get(task_type)
-    tool = TOOL.get(verb)
-    if room.scene not in constants.GOALS_VALID[task_type] or tool not in {None, *map(kind_of, room.location)}:
+    appliance = APPLIANCES.get(verb)
+    if room.scene not in constants.GOALS_VALID[task_type] or appliance not in {None, *map(kind_of, room.location)}:
         return []
     kinds = [kind for kind in room.kinds if verb is None or kind in ABILITIES[f"{verb}able".capitalize()]]
     homes = {kind: sorted({kind_of(receptacle) for receptacle in room.places_for(kind)}) for kind in kinds}
     if task_type == "look_at_obj_in_light":
         return [(kind, "") for kind in kinds if homes[kind] and kind not in ABILITIES["Toggleable"]]
-    # With one home alone, the object would be there from the start; and nobody heats what is wanted in the microwave.
-    return [(kind, home) for kind in kinds if len(homes[kind]) > 1 for home in homes[kind] if home != tool]
+    # An object starts away from its home, so it needs a second kind of receptacle. The home is not the appliance.
+    return [(kind, home) for kind in kinds if len(homes[kind]) > 1 for home in homes[kind] if home != appliance]
 
 
 def draw(rng: random.Random, config: GamesConfig, task_type: str) -> Draw | None:
-    """A game that may or may not have a solution; None if the room that was drawn has no such task."""
+    """A random game, which may have no solution. None if this task type is not possible in the room that was drawn."""
     unseen = config.split == "valid_unseen"
     floors = constants.TEST_SCENE_NUMBERS if unseen else constants.TRAIN_SCENE_NUMBERS
     room = make_room(rng.choice(floors), config.receptacles)
@@ -172,7 +178,7 @@ def draw(rng: random.Random, config: GamesConfig, task_type: str) -> Draw | None
     kind, home = rng.choice(options)
     place = {}
     start = [receptacle for receptacle in room.places_for(kind) if kind_of(receptacle) != home]
-    for _ in range(1 + (task_type == "pick_two_obj_and_place") + (rng.random() < 0.3)):  # sometimes one to spare
+    for _ in range(1 + (task_type == "pick_two_obj_and_place") + (rng.random() < 0.3)):  # sometimes one too many
         place[named(kind, rng)] = rng.choice(start)
     if not home:
         stands = [receptacle for receptacle in room.location if kind_of(receptacle) in STANDS]
@@ -186,7 +192,7 @@ def draw(rng: random.Random, config: GamesConfig, task_type: str) -> Draw | None
 
 
 def problem(game: Draw, trial: str) -> str:
-    """The game in PDDL, with the names mangled as in the published files."""
+    """The PDDL problem of a game. Its names are mangled as in the published files."""
     location, place = game.room.location, game.place
     start = "loc|0|0|0|30"
     receptacle_kinds, object_kinds = (sorted({kind_of(name) for name in names}) for names in (location, place))
@@ -214,17 +220,17 @@ def problem(game: Draw, trial: str) -> str:
 
 
 def mangled(text: str) -> str:
-    """PDDL does not allow what the ids are made of."""
+    """The text with `-+|.` replaced by words. PDDL does not allow these characters in a name."""
     words = {"-": "_minus_", "+": "_plus_", "|": "_bar_", ".": "_dot_"}
-    return re.sub(r"[-+|.]", lambda character: words[character[0]], text)
+    return re.sub(r"[-+|.]", lambda match: words[match[0]], text)
 
 
 def solve(engine: Engine, game: dict) -> list[str] | None:
-    """The planner's way to win, once it has been played; None if there is none."""
+    """The planner's commands that win, after playing them. None if there is no plan, or if it does not win."""
     try:
         engine.start(game)
         plan = engine.plan()
-    except (ValueError, EngineError):  # the translator's and the planner's answers to a goal that nothing leads to
+    except (ValueError, EngineError):  # from the translator and from the planner: the goal cannot be reached
         return None
     return plan if [engine.step(command)[1] for command in plan][-1] else None
 
@@ -233,9 +239,9 @@ def solve(engine: Engine, game: dict) -> list[str] | None:
 
 
 def make_game(engine: Engine, config: GamesConfig, number: int, taken: set[int]) -> dict[str, str]:
-    """Game `number`: the text of its files by their path in the split. Its digest joins `taken`.
+    """The files of game number `number`: path in the split -> text. Adds the digest of the game to `taken`.
 
-    Raises ValueError if no draw has a solution.
+    taken: digests of the games that are already in the split.  Raises ValueError if no draw has a solution.
     """
     task_type = TASK_TYPES[number % len(TASK_TYPES)]
     trial = f"trial_G{config.seed:04d}{number:06d}"
@@ -263,9 +269,9 @@ def make_game(engine: Engine, config: GamesConfig, number: int, taken: set[int])
 
 
 def trajectory(game: Draw, trial: str, task: str, seed: int) -> dict:
-    """What traj_data.json holds: the goal as ALFWorld's loader and its scripted expert read it."""
-    floor, toggle = game.room.floor, game.lamp
-    goal = {"object_target": game.kind, "parent_target": game.home, "toggle_target": toggle, "mrecep_target": ""}
+    """The content of traj_data.json: the goal, in the form that ALFWorld's loader and its scripted expert read."""
+    floor = game.room.floor
+    goal = {"object_target": game.kind, "parent_target": game.home, "toggle_target": game.lamp, "mrecep_target": ""}
     return {
         "task_id": trial,
         "task_type": game.task_type,
@@ -277,11 +283,11 @@ def trajectory(game: Draw, trial: str, task: str, seed: int) -> dict:
 
 
 def write_games(config: GamesConfig) -> Path:
-    """Write the games of a split, all or none, and return their folder. Raises ValueError if it is there already."""
+    """Write all games of a split, or none, and return their folder. Raises ValueError if the folder exists already."""
     folder = Path(config.out) / LAYOUT / config.split
     if folder.exists():
-        raise ValueError(f"{folder} is there already; remove it or choose another --out")
-    aside = folder.with_name(f".{folder.name}.{os.getpid()}")  # whole or not there: a killed run leaves no half
+        raise ValueError(f"{folder} exists already; remove it or choose another --out")
+    aside = folder.with_name(f".{folder.name}.{os.getpid()}")  # renamed at the end: a killed run leaves no half split
     aside.mkdir(parents=True)
     engine, taken = Engine(), set()
     numbers = tqdm(range(config.games), desc=f"writing {config.split}", unit="game")

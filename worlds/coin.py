@@ -1,19 +1,20 @@
-"""The smallest world to train in, and the template for your own: copy it, add a line to ENVIRONMENTS in envs.py, and
-run `accelerate launch train.py --env coin`. What each method owes is said once, in `envs.Env`.
+"""The smallest world to train in, and the template for your own.
 
-The observation names a side of a coin, and the agent says it twice, or three times if it first said `right`. So
-episodes differ in length. Only the last word is rewarded.
+To add a world: copy this file, change it, add one line to ENVIRONMENTS in envs.py, and run
+`accelerate launch train.py --env coin` with your world's name. `envs.Env` says what each method returns.
+
+The observation names a side of a coin. The agent answers with two words, or with three if its first word was `right`.
+Episodes therefore differ in length. The reward is 1.0 if the last word is the side. Both splits have the same tasks.
 """
 
 from dataclasses import dataclass
 
-SPLITS = ("train", "eval")  # the first one is trained on
+SPLITS = ("train", "eval")  # the first split is for training
 
 
 @dataclass(frozen=True)
 class CoinConfig:
-    max_steps: int = 4  # actions, then the episode is truncated
-    tosses: int = 0  # tasks of each split; 0 for one task per seed
+    max_steps: int = 4  # the episode is truncated after this many actions
 
 
 class Coin:
@@ -22,8 +23,8 @@ class Coin:
     def __init__(self, config: CoinConfig):
         self.config = config
 
-    def size(self, split: str) -> int | None:
-        return self.config.tosses or None
+    def size(self, split: str) -> None:
+        return None
 
     def reset(self, split: str, seed: int) -> tuple[str, dict]:
         self.side, self.said, self.steps = ("left", "right")[seed % 2], [], 0

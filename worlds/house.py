@@ -1,11 +1,15 @@
 """A household world in ALFWorld's action grammar: pure Python, text in, text out.
 
-A room holds receptacles ("drawer 1") and objects ("apple 1"). Closed receptacles hide what they hold. A note lies on
-a surface; reading it costs two steps and tells where the wanted objects are: the information-gathering step that
-EMPG's clarity bonus is about. The reward is 1 when the task is done and 0 otherwise, once, at the end.
+A room holds receptacles ("drawer 1") and objects ("apple 1"). A closed receptacle hides its objects. The reward is 1.0
+in the step that completes the task and 0.0 in every other step.
 
-Differences from ALFWorld: the note and `read`; every observation ends with the task, so that a very small model need
-not remember it; rooms are drawn at random instead of taken from AI2-THOR. Task types, verbs and replies are ALFWorld's.
+A note lies on a surface. Going there and reading it costs up to two steps. The note says where the wanted objects are.
+This is the information-gathering step that EMPG's clarity bonus is about.
+
+Task types and verbs are ALFWorld's, and the replies are modelled on it. Three differences:
+- ALFWorld has no note and no `read`.
+- Every observation here ends with the task. A very small model then need not remember it.
+- Rooms are drawn at random. ALFWorld takes them from the simulator AI2-THOR.
 """
 
 import copy
@@ -24,13 +28,13 @@ TASK_TYPES = (
 )
 SPLITS = ("train", "eval")
 
-SURFACES = ("countertop", "diningtable", "sidetable", "shelf", "desk", "dresser")  # what lies there is seen at once
+SURFACES = ("countertop", "diningtable", "sidetable", "shelf", "desk", "dresser")  # never closed
 HIDING = ("drawer", "cabinet")  # closed at the start
-APPLIANCES = {"clean": "sinkbasin", "heat": "microwave", "cool": "fridge"}  # verb -> the kind that does it
+APPLIANCES = {"clean": "sinkbasin", "heat": "microwave", "cool": "fridge"}  # verb -> kind of appliance
 OPENABLE = (*HIDING, "microwave", "fridge")
-RESULT = {"clean": "clean", "heat": "hot", "cool": "cool"}  # verb -> the word in the task
+RESULT = {"clean": "clean", "heat": "hot", "cool": "cool"}  # verb -> adjective in the task
 TREATMENT = {f"pick_{verb}_then_place_in_recep": verb for verb in APPLIANCES}  # task type -> verb
-OBJECTS = {  # kind -> the verbs that it suffers
+OBJECTS = {  # kind -> the treatments that are possible
     "apple": ("clean", "heat", "cool"), "tomato": ("clean", "heat", "cool"), "potato": ("clean", "heat", "cool"),
     "egg": ("clean", "heat", "cool"), "cup": ("clean", "heat", "cool"), "mug": ("clean", "heat", "cool"),
     "plate": ("clean", "heat", "cool"), "bowl": ("clean", "cool"), "lettuce": ("clean", "cool"),
@@ -52,18 +56,15 @@ Action: what"""
 
 @dataclass(frozen=True)
 class HouseConfig:
-    """The size of the world. Raises ValueError for a size that cannot be built."""
+    """The size of a room, the step limit and the task types. Raises ValueError for a value out of range."""
 
-    receptacles: int = 6  # in a room, the appliances that the task types need included
-    objects: int = 4  # in a room, beside the note and the lamp
-    max_steps: int = 14  # actions, then the episode is truncated
+    receptacles: int = 6  # in a room, including one appliance for each treatment in task_types
+    objects: int = 4  # in a room, not counting the note and the lamp
+    max_steps: int = 14  # the episode is truncated after this many actions
     task_types: tuple[str, ...] = (TASK_TYPES[0], TASK_TYPES[2], TASK_TYPES[3])  # place, clean, heat
 
     def __post_init__(self):
-        if unknown := set(self.task_types) - set(TASK_TYPES):
-            raise ValueError(f"unknown task types {sorted(unknown)}; there are {', '.join(TASK_TYPES)}")
-        if not self.task_types:
-            raise ValueError("task_types is empty")
+        require_task_types(self.task_types)
         if not 6 <= self.receptacles <= 60:
             raise ValueError(
                 f"receptacles must be 6 to 60 (up to 3 appliances, 2 surfaces, 1 drawer), got {self.receptacles}"
@@ -76,11 +77,14 @@ class HouseConfig:
 
 @dataclass(frozen=True)
 class Goal:
-    """What is wanted: `number` objects of a kind, treated or not, in one receptacle of a kind; or one in the light."""
+    """The goal of a task: `number` objects of one kind, treated if the task type says so, in one receptacle.
+
+    The goal of look_at_obj_in_light is to hold one object beside the lamp, with the lamp on.
+    """
 
     task_type: str
-    kind: str
-    receptacle: str  # a kind; "desklamp" for look_at_obj_in_light
+    kind: str  # of the wanted objects
+    receptacle: str  # kind of the receptacle; "desklamp" for look_at_obj_in_light
 
     @property
     def treatment(self) -> str | None:
@@ -97,13 +101,21 @@ class Goal:
         return f"put {which} {self.kind} in {self.receptacle}."
 
 
+def require_task_types(task_types: tuple[str, ...]) -> None:
+    """Raises ValueError if there is no task type, or an unknown one."""
+    if unknown := set(task_types) - set(TASK_TYPES):
+        raise ValueError(f"unknown task types {sorted(unknown)}; there are {', '.join(TASK_TYPES)}")
+    if not task_types:
+        raise ValueError("task_types is empty")
+
+
 def kind_of(name: str) -> str:
     """`drawer` for `drawer 1`."""
     return name.split()[0]
 
 
 def listing(names: list[str]) -> str:
-    """`a cup 1, and a pen 1`, as ALFWorld writes it; `nothing` if there are none."""
+    """`a cup 1, and a pen 1`, as ALFWorld writes it; `nothing` for an empty list."""
     if not names:
         return "nothing"
     *first, last = (f"a {name}" for name in names)
@@ -111,10 +123,10 @@ def listing(names: list[str]) -> str:
 
 
 class House:
-    """One room and one task at a time; gymnasium's reset and step, with text for both spaces.
+    """One task at a time, with gymnasium's reset and step. Observations and actions are text.
 
     `reset(split, seed)` -> observation, info; `step(action)` -> observation, reward, terminated, truncated, info.
-    info["valid"] says whether the world understood and did the action, info["success"] whether the task is done.
+    info["valid"]: the world understood the action and did it. info["success"]: the task is done.
     """
 
     instructions = INSTRUCTIONS
@@ -122,30 +134,34 @@ class House:
     def __init__(self, config: HouseConfig | None = None):
         self.config = config or HouseConfig()
 
-    # ------------------------------------------------------------------------------------------- building a room
+    # ------------------------------------------------------------------------------------------- building a task
 
     def size(self, split: str) -> None:
-        """There is a task for every seed."""
+        """None: there is a task for every seed."""
 
     def reset(self, split: str, seed: int) -> tuple[str, dict]:
-        """Start task number `seed` of a split. The room itself decides which split it belongs to, so that no train
-        task is ever an eval task: rooms are drawn until one belongs to the split that was asked for."""
+        """Start task number `seed` of a split. Raises ValueError for an unknown split.
+
+        The hash of a task decides which split it belongs to, so no train task is also an eval task. Tasks are drawn
+        until one belongs to `split`.
+        """
         if split not in SPLITS:
             raise ValueError(f"unknown split {split!r}; house has {', '.join(SPLITS)}")
         for attempt in count():
-            self._build(random.Random(f"{split}/{seed}/{attempt}"))  # a str seed is hashed alike on every machine
+            self._build(random.Random(f"{split}/{seed}/{attempt}"))  # a str seed draws the same on every machine
             digest = int.from_bytes(hashlib.sha256(self.fingerprint().encode()).digest()[:8], "big")
             if split == ("eval" if digest % 4 == 0 else "train"):
                 break
         self.at, self.holding, self.lamp_on, self.note_read, self.steps = None, None, False, False, 0
-        self.open, self.treated = set(), set()  # receptacles that were opened; (verb, object) that were done
-        room = f"You are in a room. You see {listing(self.receptacles)}."
+        self.open, self.treated = set(), set()  # open receptacles; (verb, object) pairs
+        observation = f"You are in a room. You see {listing(self.receptacles)}."
         if LAMP in self.place:
-            room += f" The {LAMP} stands on {self.place[LAMP]}."
-        room += f" The {NOTE} lies on {self.place[NOTE]}."
-        return self._with_status(room), {"task_type": self.goal.task_type, "success": False}
+            observation += f" The {LAMP} stands on {self.place[LAMP]}."
+        observation += f" The {NOTE} lies on {self.place[NOTE]}."
+        return self._with_status(observation), {"task_type": self.goal.task_type, "success": False}
 
     def _build(self, rng: random.Random) -> None:
+        """Draw a room, its objects and a goal."""
         number: dict[str, int] = {}
 
         def named(kind: str) -> str:
@@ -156,7 +172,7 @@ class House:
             kind for task, kind in zip(TREATMENT, APPLIANCES.values(), strict=True) if task in self.config.task_types
         ]
         free = self.config.receptacles - len(appliances)
-        # At least two kinds of surface, so that one is left over for things to lie on whatever is wanted.
+        # No object starts in a receptacle of the goal's kind. Two kinds of surface leave at least one to start on.
         surfaces = [named(kind) for kind in rng.sample(SURFACES, 2)]
         surfaces += [named(rng.choice(SURFACES)) for _ in range(free // 2 - 2)]
         hiding = [named(rng.choice(HIDING)) for _ in range(free - len(surfaces))]
@@ -164,13 +180,11 @@ class House:
         rng.shuffle(self.receptacles)
 
         self.goal = self._draw_goal(rng, self.receptacles)
-        storage = [
-            r for r in surfaces + hiding if kind_of(r) != self.goal.receptacle
-        ]  # nothing starts where it is wanted
+        storage = [r for r in surfaces + hiding if kind_of(r) != self.goal.receptacle]
         others = [kind for kind in OBJECTS if kind != self.goal.kind]
         kinds = [self.goal.kind] * self.goal.number
         kinds += [rng.choice(others) for _ in range(self.config.objects - len(kinds))]
-        self.place = {named(kind): rng.choice(storage) for kind in kinds}  # object -> where it lies, or "agent"
+        self.place = {named(kind): rng.choice(storage) for kind in kinds}  # object -> receptacle, or "agent" if held
         self.place[NOTE] = rng.choice(surfaces)
         if "look_at_obj_in_light" in self.config.task_types:
             self.place[LAMP] = rng.choice(surfaces)
@@ -183,11 +197,12 @@ class House:
         kind = rng.choice([kind for kind, verbs in OBJECTS.items() if treatment is None or treatment in verbs])
         if task_type == "look_at_obj_in_light":
             return Goal(task_type, kind, "desklamp")
+        # Nothing is stored in a sink, or in the appliance that treats it.
         kinds = sorted({kind_of(r) for r in receptacles} - {"sinkbasin", APPLIANCES.get(treatment)})
         return Goal(task_type, kind, rng.choice(kinds))
 
     def fingerprint(self) -> str:
-        """The start of the task in one line; equal for two tasks only if they are the same task."""
+        """The start of the task in one line. Two tasks have the same line only if they are the same task."""
         return f"{self.goal} {self.receptacles} {sorted(self.place.items())}"
 
     # ------------------------------------------------------------------------------------------------- acting
@@ -206,7 +221,7 @@ class House:
         return f"{text} {where} Task: {self.goal}"
 
     def _act(self, action: str) -> str:
-        """The world's reply; NOTHING if the action is not understood or not possible here and now."""
+        """Do the action and return the reply. The reply is NOTHING if the action is unknown or not possible now."""
         match action.split():
             case ["go", "to", *name] if (place := " ".join(name)) in self.receptacles and place != self.at:
                 self.at = place
@@ -251,49 +266,41 @@ class House:
         return f"{where} the {place}, you see {listing([o for o, p in self.place.items() if p == place])}."
 
     def _reachable(self) -> list[str]:
-        """Objects that can be seen from here, the carried one included."""
+        """The objects that the agent sees or holds."""
         here = self.at if self.at and not self._closed(self.at) else None
         return [thing for thing, place in self.place.items() if place in (here, "agent")]
 
     def _can_take(self, thing: str, place: str) -> bool:
-        fixed = thing in (NOTE, LAMP)
-        return (
-            not fixed and self.holding is None and place == self.at == self.place.get(thing) and not self._closed(place)
-        )
+        if thing in (NOTE, LAMP) or self.holding is not None:
+            return False
+        return place == self.at == self.place.get(thing) and not self._closed(place)
 
     def _can_put(self, thing: str, place: str) -> bool:
         return thing == self.holding and place == self.at and not self._closed(place)
 
     def _can_treat(self, verb: str, thing: str, place: str) -> bool:
-        suffers = verb in OBJECTS.get(kind_of(thing), ())
-        return suffers and thing == self.holding and place == self.at and kind_of(place) == APPLIANCES[verb]
+        possible = verb in OBJECTS.get(kind_of(thing), ())
+        return possible and thing == self.holding and place == self.at and kind_of(place) == APPLIANCES[verb]
 
     def _done(self) -> bool:
         goal = self.goal
         if goal.receptacle == "desklamp":
-            return (
-                self.lamp_on
-                and self.at == self.place[LAMP]
-                and bool(self.holding)
-                and kind_of(self.holding) == goal.kind
-            )
+            held = self.holding is not None and kind_of(self.holding) == goal.kind
+            return held and self.lamp_on and self.at == self.place[LAMP]
         homes = [self.place[o] for o in self._ready() if kind_of(self.place[o]) == goal.receptacle]
         return any(homes.count(home) >= goal.number for home in homes)
 
     def _ready(self) -> list[str]:
-        """Objects of the wanted kind that need no more treatment."""
+        """The objects of the wanted kind that need no treatment any more."""
         verb = self.goal.treatment
         return [o for o in self.place if kind_of(o) == self.goal.kind and (verb is None or (verb, o) in self.treated)]
 
     # ------------------------------------------------------------------------------------------- scripted players
 
     def admissible(self) -> list[str]:
-        """Every action that the world would do now, in a fixed order; what a random player draws from."""
-        actions = [f"go to {r}" for r in self.receptacles] + [
-            f"open {self.at}",
-            f"close {self.at}",
-            f"examine {self.at}",
-        ]
+        """Every action that is possible now, in a fixed order. A random player draws from these."""
+        actions = [f"go to {r}" for r in self.receptacles]
+        actions += [f"open {self.at}", f"close {self.at}", f"examine {self.at}"]
         for thing in self._reachable():
             actions += [f"take {thing} from {self.at}", f"move {thing} to {self.at}", f"examine {thing}"]
             actions += [f"{verb} {thing} with {self.at}" for verb in APPLIANCES]
@@ -301,15 +308,14 @@ class House:
         return [action for action in actions if self._possible(action)]
 
     def oracle(self) -> tuple[str, str]:
-        """(thought, action) of a player that reads the note first and then makes no mistake, whatever the state."""
+        """(thought, action) of a player that reads the note first and then makes no mistake, from any state."""
         goal, held = self.goal, self.holding
         if not self.note_read:
             return self._there(self.place[NOTE], f"The {NOTE} lies on", f"read {NOTE}")
         mine = [thing for thing in self.place if kind_of(thing) == goal.kind]
         homes = [r for r in self.receptacles if kind_of(r) == goal.receptacle]
-        home = max(
-            homes, key=[self.place[thing] for thing in mine].count, default=None
-        )  # beside its twin, if it has one
+        # Of two wanted objects, the second goes to the receptacle that holds the first.
+        home = max(homes, key=[self.place[thing] for thing in mine].count, default=None)
         if held is None:
             thing = next(o for o in mine if self.place[o] != home or o not in self._ready())
             return self._there(self.place[thing], f"The {thing} is at", f"take {thing} from {self.place[thing]}")
@@ -330,7 +336,7 @@ class House:
         return trial._act(action) != NOTHING
 
     def _there(self, place: str, thought: str, action: str) -> tuple[str, str]:
-        """The way to do `action` at `place`: go, open, act."""
+        """(thought, action) of the next step towards `action` at `place`: go there, open it, then act."""
         if self.at != place:
             return f"{thought} {place}.", f"go to {place}"
         return (f"The {place} is closed.", f"open {place}") if self._closed(place) else (f"{thought} {place}.", action)

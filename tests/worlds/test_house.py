@@ -1,39 +1,25 @@
-"""house.py: the same world on every machine, its rules verb by verb in a room made by hand, its scripted players.
+"""house.py: the same tasks on every machine, the rules verb by verb in a room made by hand, the oracle.
 
-Task lengths are checked against a breadth-first search over the world's actions, which knows no plan.
+What every world has in common is tested in tests/test_envs.py. The oracle is compared with a breadth-first search.
 """
 
 import copy
 import hashlib
-import os
 import random
 import re
-import subprocess
-import sys
-from itertools import product
-from pathlib import Path
+from itertools import permutations, product
 
 import pytest
 
 from envs import careless_player
-from worlds.house import (
-    APPLIANCES,
-    LAMP,
-    NOTE,
-    NOTHING,
-    OBJECTS,
-    OPENABLE,
-    TASK_TYPES,
-    Goal,
-    House,
-    HouseConfig,
-    kind_of,
-)
+from worlds import house
+from worlds.house import APPLIANCES, LAMP, NOTE, OBJECTS, TASK_TYPES, Goal, House, HouseConfig, kind_of
 
 PLACE, LIGHT, CLEAN, *_, TWO = TASK_TYPES
 DEFAULT = HouseConfig()
 LARGE = HouseConfig(receptacles=20, objects=20, max_steps=50, task_types=TASK_TYPES)
 SIZES = pytest.mark.parametrize("config", [DEFAULT, LARGE], ids=["default", "large"])
+EXTREMES = [HouseConfig(*size, max_steps=20, task_types=TASK_TYPES) for size in product((6, 60), (2, 60))]
 TYPES = pytest.mark.parametrize("task_type", TASK_TYPES)
 
 # The first train task, played by the oracle.
@@ -62,9 +48,9 @@ PUT = "go to shelf 1; move apple 1 to shelf 1"
 # ---------------------------------------------------------------------------------------------------------- helpers
 
 
-def kitchen(task_type: str = PLACE, kind: str = "pen", receptacle: str = "fridge", max_steps: int = 50) -> House:
+def kitchen(task_type: str = PLACE, kind: str = "pen", receptacle: str = "fridge") -> House:
     """A room made by hand. By default the pen is wanted in the fridge."""
-    world = House(HouseConfig(max_steps=max_steps, task_types=TASK_TYPES))
+    world = House(HouseConfig(max_steps=50, task_types=TASK_TYPES))
     world.reset("train", 0)
     world.goal, world.note = Goal(task_type, kind, receptacle), "pen 1 is at desk 1"
     world.receptacles = ["desk 1", "shelf 1", "shelf 2", "drawer 1", "sinkbasin 1", "microwave 1", "fridge 1"]
@@ -74,21 +60,10 @@ def kitchen(task_type: str = PLACE, kind: str = "pen", receptacle: str = "fridge
 
 
 def do(world: House, actions: str) -> list[tuple]:
-    """The world's answers to actions that are all possible, separated by semicolons."""
+    """The world's answers to actions, which are separated by semicolons. All of them must be valid."""
     answers = [world.step(action) for action in actions.split("; ")]
     assert all(info["valid"] for *_, info in answers)
     return answers
-
-
-def succeeds(world: House, actions: str) -> bool:
-    """The last action completes the task, and none before does."""
-    *before, last = (info["success"] for *_, info in do(world, actions))
-    assert not any(before)
-    return last
-
-
-def state(world: House) -> dict:
-    return {name: copy.copy(value) for name, value in vars(world).items() if name != "steps"}
 
 
 def fork(world: House) -> House:
@@ -97,8 +72,12 @@ def fork(world: House) -> House:
     return twin
 
 
+def state(world: House) -> dict:
+    return vars(fork(world)) | {"steps": 0}
+
+
 def oracle_actions(world: House) -> list[str]:
-    """The actions of the oracle up to the end of the episode; all of them are possible, and it succeeds."""
+    """The oracle's actions up to the end of the episode. All of them must be valid, and the last one must succeed."""
     actions, terminated, truncated = [], False, False
     while not (terminated or truncated):
         actions.append(world.oracle()[1])
@@ -110,7 +89,7 @@ def oracle_actions(world: House) -> list[str]:
 
 
 def careless_walk(world: House, split: str, seed: int, slip: float, limit: int):
-    """Action and answer of each of at most `limit` steps of a careless player; first None and the first observation."""
+    """Yield (action, answer) of at most `limit` steps of a careless player. The first action is None, for the reset."""
     player, rng, actions = careless_player(slip), random.Random(seed), []
     yield None, (world.reset(split, seed)[0], 0.0, False, False, {})
     for _ in range(limit):
@@ -142,30 +121,19 @@ def test_a_task_is_the_same_text_on_every_machine():
     assert digest() == DIGEST
 
 
-@pytest.mark.parametrize("hash_seed", ["1", "2"])
-def test_another_process_plays_the_same_episodes(hash_seed):
-    path = os.pathsep.join(str(folder) for folder in (Path(__file__).parent, Path(__file__).parents[2]))
-    command = [sys.executable, "-c", "from test_house import digest; print(digest())"]
-    env = os.environ | {"PYTHONPATH": path, "PYTHONHASHSEED": hash_seed}
-    printed = subprocess.run(command, env=env, capture_output=True, text=True, check=True).stdout
-    assert printed.strip() == digest()
-
-
-def test_a_task_does_not_depend_on_what_was_played_before():
-    fresh, used = House(LARGE), House(LARGE)
-    list(careless_walk(used, "eval", 7, 0.5, 10))
-    assert used.reset("train", 3) == fresh.reset("train", 3)
-    assert state(used) == state(fresh)
-
-
-def test_train_and_eval_share_no_task_and_the_first_eval_tasks_differ():
-    """A project that drew its evaluation goals with repeats from the training goals had seen 64 % of them."""
-    world, fingerprints = House(), {"train": [], "eval": []}
-    for split, seed in product(fingerprints, range(400)):
+def fingerprints(split: str) -> list[str]:
+    world, found = House(), []
+    for seed in range(400):
         world.reset(split, seed)
-        fingerprints[split].append(world.fingerprint())
-    assert not set(fingerprints["train"]) & set(fingerprints["eval"])
-    assert len(set(fingerprints["eval"][:256])) == 256
+        found.append(world.fingerprint())
+    return found
+
+
+def test_train_and_eval_share_no_task_and_the_first_eval_tasks_differ(monkeypatch):
+    """A project that drew its evaluation goals with repeats from the training goals had seen 64 % of them."""
+    assert len(set(fingerprints("eval")[:256])) == 256
+    monkeypatch.setattr(House, "fingerprint", lambda world: str(world.goal))  # so coarse that every draw is a repeat
+    assert not set(fingerprints("train")) & set(fingerprints("eval"))
 
 
 @SIZES
@@ -185,40 +153,10 @@ def test_rooms_have_their_size_and_every_task_type(config, split):
 
 
 def test_the_words_of_the_tasks():
-    words = [str(Goal(task_type, "apple", "shelf")) for task_type in TASK_TYPES]
-    assert words == [
-        "put a apple in shelf.",
-        "examine the apple with the desklamp.",
-        "put a clean apple in shelf.",
-        "put a hot apple in shelf.",
-        "put a cool apple in shelf.",
-        "put two apple in shelf.",
-    ]
-
-
-@pytest.mark.parametrize(
-    ("setting", "message"),
-    [
-        ({"receptacles": 5}, "receptacles .* got 5"),
-        ({"receptacles": 61}, "receptacles .* got 61"),
-        ({"objects": 1}, "objects .* got 1"),
-        ({"objects": 61}, "objects .* got 61"),
-        ({"max_steps": 0}, "max_steps .* got 0"),
-        ({"task_types": ()}, "task_types is empty"),
-        ({"task_types": (PLACE, "dance")}, "dance"),
-    ],
-)
-def test_a_world_that_cannot_be_built_is_refused(setting, message):
-    with pytest.raises(ValueError, match=message):
-        HouseConfig(**setting)
-
-
-def test_the_largest_and_smallest_worlds_can_be_built():
-    for receptacles, objects in product((6, 60), (2, 60)):
-        world = House(HouseConfig(receptacles, objects, max_steps=20, task_types=TASK_TYPES))
-        for seed in range(3):
-            world.reset("eval", seed)
-            oracle_actions(world)
+    assert [str(Goal(task_type, "apple", "shelf")) for task_type in TASK_TYPES] == [
+        "put a apple in shelf.", "examine the apple with the desklamp.", "put a clean apple in shelf.",
+        "put a hot apple in shelf.", "put a cool apple in shelf.", "put two apple in shelf.",
+    ]  # fmt: skip
 
 
 def test_an_unknown_split_is_named():
@@ -267,25 +205,22 @@ def test_every_verb_and_its_reply():
 @pytest.mark.parametrize(
     ("before", "impossible"),
     [
-        ("look", "; go; go to; go to shelf; go to shelf 9; go to the door; go to None; GO TO shelf 1; go shelf 1"),
+        ("look", "; go; go to; go to shelf; go to shelf 9; go to None; GO TO shelf 1; go shelf 1; go to shelf 1 now"),
         ("look", "open drawer 1; open None; close drawer 1; use desklamp 1; read note 1; dance; look around; nothing"),
         ("look", "examine; examine shelf 1; examine apple 1; examine None; inventory 1; take apple 1 from None"),
-        ("look", "move apple 1 to None; clean apple 1 with None; go to shelf 1 go to shelf 2; go to shelf 1 now"),
+        ("look", "move apple 1 to None; clean apple 1 with None; take apple 1 from desk 1"),
         ("go to desk 1", "go to desk 1; open desk 1; close desk 1; use desklamp 1; use pen 1; take pen 9 from desk 1"),
         ("go to desk 1", "take apple 2 from desk 1; take apple 1 from shelf 1; take apple 1; take note 1 from desk 1"),
-        ("go to desk 1", "move apple 1 to desk 1; move apple 1 to agent; read pen 1; read note; examine apple 2"),
-        ("go to desk 1", "examine shelf 1; examine desklamp 1; clean apple 1 with sinkbasin 1; close drawer 1"),
+        ("go to desk 1", "move apple 1 to desk 1; move apple 1 to agent; read pen 1; read note; examine desklamp 1"),
         (TAKE, "take pen 1 from desk 1; take apple 1 from agent; take apple 1 from desk 1; move pen 1 to desk 1"),
-        (TAKE, "move apple 1 to shelf 1; clean apple 1 with desk 1; eat apple 1; move apple 1 in desk 1"),
+        (TAKE, "move apple 1 to shelf 1; clean apple 1 with desk 1; eat apple 1; clean apple 1 with sinkbasin 1"),
         (f"{TAKE}; go to drawer 1", "move apple 1 to drawer 1; close drawer 1; examine apple 2; open drawer"),
-        (f"{TAKE}; go to sinkbasin 1", "heat apple 1 with sinkbasin 1; clean apple 2 with sinkbasin 1"),
-        (f"{TAKE}; go to sinkbasin 1", "cool apple 1 with fridge 1; clean apple 1 with sinkbasin 2; clean apple 1"),
+        (f"{TAKE}; go to sinkbasin 1", "heat apple 1 with sinkbasin 1; clean apple 2 with sinkbasin 1; clean apple 1"),
         ("go to desk 1; take pen 1 from desk 1; go to fridge 1", "cool pen 1 with fridge 1; move pen 1 to fridge 1"),
         ("go to drawer 1", "take apple 2 from drawer 1; open fridge 1; close fridge 1; read note 1"),
         ("go to drawer 1; open drawer 1; go to shelf 2", "close drawer 1; open drawer 1; take apple 2 from drawer 1"),
         ("go to drawer 1; open drawer 1", "open drawer 1; take apple 1 from drawer 1; clean apple 2 with drawer 1"),
-        ("go to shelf 1", "take desklamp 1 from shelf 1; use desklamp; use lamp 1; move desklamp 1 to shelf 1"),
-        ("go to shelf 1; use desklamp 1; go to shelf 2", "use desklamp 1; take desklamp 1 from shelf 2"),
+        ("go to shelf 1; use desklamp 1", "take desklamp 1 from shelf 1; use desklamp; move desklamp 1 to shelf 1"),
     ],
 )
 def test_what_is_impossible_changes_nothing(before, impossible):
@@ -294,7 +229,7 @@ def test_what_is_impossible_changes_nothing(before, impossible):
     known = state(world)
     for action in impossible.split("; "):
         observation, reward, terminated, truncated, info = world.step(action)
-        assert observation.startswith(NOTHING)
+        assert observation.startswith(house.NOTHING)
         assert (info["valid"], reward, terminated, truncated) == (False, 0.0, False, False)
         assert state(world) == known
 
@@ -333,7 +268,7 @@ def test_what_lies_in_a_closed_receptacle_is_not_seen_before_it_is_opened(config
         hidden = None
         for action, (observation, *_) in careless_walk(world, "train", seed, 1.0, 40):
             if hidden is None:
-                hidden = {thing: place for thing, place in world.place.items() if kind_of(place) in OPENABLE}
+                hidden = {thing: place for thing, place in world.place.items() if kind_of(place) in house.OPENABLE}
             if action == f"read {NOTE}":
                 break
             if action and action.startswith("open "):
@@ -362,97 +297,53 @@ def treat(*verbs: str) -> str:
     return "; ".join(f"go to {APPLIANCES[verb]} 1; {verb} apple 1 with {APPLIANCES[verb]} 1" for verb in verbs)
 
 
-@pytest.mark.parametrize("other", APPLIANCES)
-@pytest.mark.parametrize("verb", APPLIANCES)
-def test_only_the_wanted_treatment_counts(verb, other):
-    world = kitchen(f"pick_{verb}_then_place_in_recep", "apple", "shelf")
-    assert succeeds(world, f"{TAKE}; {treat(other)}; {PUT}") == (verb == other)
+HOT, COOL = "pick_heat_then_place_in_recep", "pick_cool_then_place_in_recep"
+PEN, USE = "go to desk 1; take pen 1 from desk 1", "go to shelf 1; use desklamp 1"
+SECOND = "go to drawer 1; open drawer 1; take apple 2 from drawer 1; go to shelf 2; move apple 2 to shelf 2"
 
 
-def test_without_treatment_or_in_a_wrong_receptacle_there_is_no_success():
-    world = kitchen(CLEAN, "apple", "shelf")
-    assert not succeeds(world, f"{TAKE}; {PUT}")
-    assert not succeeds(world, f"take apple 1 from shelf 1; {treat('clean')}; move apple 1 to sinkbasin 1")
-    drawer = "go to drawer 1; open drawer 1; move apple 1 to drawer 1"
-    assert not succeeds(world, f"take apple 1 from sinkbasin 1; {drawer}")
-    assert succeeds(world, "take apple 1 from drawer 1; go to shelf 2; move apple 1 to shelf 2")
+@pytest.mark.parametrize(
+    ("goal", "without", "completing"),  # all of the first actions do not complete the task, the next one does
+    [
+        ((PLACE, "apple", "shelf"), f"{TAKE}; go to shelf 1", "move apple 1 to shelf 1"),
+        ((PLACE, "pen", "shelf"), f"{TAKE}; {PUT}; {PEN}; go to shelf 2", "move pen 1 to shelf 2"),  # another kind
+        ((CLEAN, "apple", "shelf"), f"{TAKE}; {treat('clean')}; move apple 1 to sinkbasin 1; "  # in a wrong receptacle
+         "take apple 1 from sinkbasin 1; go to shelf 2", "move apple 1 to shelf 2"),
+        *(((f"pick_{verb}_then_place_in_recep", "apple", "shelf"),  # not treated, or otherwise
+           f"{TAKE}; {PUT}; take apple 1 from shelf 1; {treat(*others)}; {PUT}; take apple 1 from shelf 1; "
+           f"{treat(verb)}; go to shelf 1", "move apple 1 to shelf 1")
+          for verb, *others in permutations(APPLIANCES)),
+        ((HOT, "apple", "shelf"), f"{TAKE}; {treat('heat', 'cool')}; {PUT}; take apple 1 from shelf 1; "  # undone
+         f"{treat('heat', 'clean')}; go to shelf 1", "move apple 1 to shelf 1"),
+        ((COOL, "apple", "shelf"), f"{TAKE}; {treat('cool', 'heat')}; {PUT}; take apple 1 from shelf 1; "
+         f"{treat('cool', 'clean')}; go to shelf 1", "move apple 1 to shelf 1"),
+        ((CLEAN, "apple", "shelf"), f"{TAKE}; {treat('clean', 'heat', 'cool')}; go to shelf 1",  # clean stays
+         "move apple 1 to shelf 1"),
+        ((TWO, "apple", "shelf"), f"{TAKE}; {PUT}; {SECOND}; "  # in two receptacles
+         "take apple 2 from shelf 2; go to shelf 1", "move apple 2 to shelf 1"),
+        ((LIGHT, "pen", "desklamp"), f"{USE}; {TAKE}; {USE}; go to desk 1; move apple 1 to desk 1; "  # the wrong object
+         "take pen 1 from desk 1; go to shelf 2", "go to shelf 1"),  # the lamp is still on
+        ((LIGHT, "pen", "desklamp"), f"{PEN}; go to shelf 1; move pen 1 to shelf 1; use desklamp 1",  # not in hand
+         "take pen 1 from shelf 1"),
+        ((LIGHT, "pen", "desklamp"), f"{PEN}; go to shelf 1", "use desklamp 1"),
+    ],
+)  # fmt: skip
+def test_what_completes_a_task(goal, without, completing):
+    world = kitchen(*goal)
+    assert not any(info["success"] for *_, info in do(world, without))
+    assert do(world, completing)[0][1:4] == (1.0, True, False)
 
 
-def test_another_kind_of_object_is_no_success():
-    assert not succeeds(kitchen(PLACE, "pen", "shelf"), f"{TAKE}; {PUT}")
+# ------------------------------------------------------------------------------------------------------- the oracle
 
 
-@pytest.mark.parametrize(("wanted", "undone_by"), [("heat", "cool"), ("cool", "heat")])
-def test_heat_and_cool_undo_each_other_and_clean_stays(wanted, undone_by):
-    task = f"pick_{wanted}_then_place_in_recep", "apple", "shelf"
-    assert not succeeds(kitchen(*task), f"{TAKE}; {treat(wanted, undone_by)}; {PUT}")
-    assert succeeds(kitchen(*task), f"{TAKE}; {treat(wanted, undone_by, wanted)}; {PUT}")
-    assert succeeds(kitchen(*task), f"{TAKE}; {treat(wanted, 'clean')}; {PUT}")
-    assert succeeds(kitchen(CLEAN, "apple", "shelf"), f"{TAKE}; {treat('clean', wanted, undone_by)}; {PUT}")
-
-
-def test_two_objects_must_be_in_one_receptacle():
-    world = kitchen(TWO, "apple", "shelf")
-    assert not succeeds(world, f"{TAKE}; {PUT}")
-    second = "go to drawer 1; open drawer 1; take apple 2 from drawer 1; go to shelf 2; move apple 2 to shelf 2"
-    assert not succeeds(world, second)
-    assert succeeds(world, "take apple 2 from shelf 2; go to shelf 1; move apple 2 to shelf 1")
-
-
-def test_the_light_must_be_on_and_the_object_in_hand():
-    world, use = kitchen(LIGHT, "pen", "desklamp"), "go to shelf 1; use desklamp 1"
-    assert not succeeds(world, use)  # empty hands
-    assert not succeeds(world, f"{TAKE}; {use}; go to desk 1; move apple 1 to desk 1")  # another object
-    assert not succeeds(world, "take pen 1 from desk 1; go to shelf 2")  # not at the lamp
-    assert succeeds(world, "go to shelf 1")  # the lamp is still on
-    world, take = kitchen(LIGHT, "pen", "desklamp"), "go to desk 1; take pen 1 from desk 1"
-    assert not succeeds(world, f"{take}; go to shelf 1; move pen 1 to shelf 1; use desklamp 1")  # put down
-    assert succeeds(world, "take pen 1 from shelf 1")
-    assert succeeds(kitchen(LIGHT, "pen", "desklamp"), f"{take}; {use}")
-
-
-# ------------------------------------------------------------------------------------------------------- the end
-
-
-@TYPES
-def test_reward_comes_once_at_the_end(task_type):
-    world = House(HouseConfig(task_types=(task_type,)))
-    world.reset("train", 0)
-    actions = oracle_actions(fork(world))
-    rewards, terminated, truncated, infos = list(zip(*(world.step(action) for action in actions), strict=True))[1:]
-    assert rewards == (0.0,) * (len(actions) - 1) + (1.0,)
-    assert terminated == tuple(info["success"] for info in infos) == (False,) * (len(actions) - 1) + (True,)
-    assert not any(truncated)
-
-
-@pytest.mark.parametrize(("spare", "outcome"), [(0, (1.0, True, False)), (-1, (0.0, False, True))])
-def test_success_on_the_very_last_step_is_no_truncation(spare, outcome):
-    world = kitchen()
-    actions = oracle_actions(fork(world))
-    limited = kitchen(max_steps=len(actions) + spare)
-    answers = [limited.step(action) for action in actions[: len(actions) + spare]]
-    assert answers[-1][1:4] == outcome
-    assert all(answer[1:4] == (0.0, False, False) for answer in answers[:-1])
-
-
-def test_the_step_limit_counts_every_action():
-    world = House(HouseConfig(max_steps=4))
-    for seed in range(2):
-        world.reset("train", seed)
-        ends = [world.step(action)[1:4] for action in ("look", "nonsense", "", "inventory")]
-        assert ends == [(0.0, False, False)] * 3 + [(0.0, False, True)]
-
-
-# ------------------------------------------------------------------------------------------------- scripted players
-
-
-@SIZES
 @pytest.mark.parametrize("split", ["train", "eval"])
+@pytest.mark.parametrize("config", [DEFAULT, LARGE, *EXTREMES])
 def test_the_oracle_solves_every_task_with_possible_actions(config, split):
     # Shortest: go, read, take, use, when all lies on one surface. Longest: two objects that lie in drawers go into one:
     # go, read, then twice go, open, take, go, open, move, without opening the second time.
     world, lengths = House(config), []
-    for seed in range(100):
+    for seed in range(100 if config in (DEFAULT, LARGE) else 5):
         world.reset(split, seed)
         lengths.append(len(oracle_actions(world)))
     assert min(lengths) >= 4
