@@ -273,8 +273,6 @@ def server(retrieve: Retriever, host: str, port: int) -> ThreadingHTTPServer:
                 return 200, answer(retrieve, json.loads(body))
             except (ValueError, RecursionError) as error:
                 return 400, {"error": str(error)}
-            except RetrieverError as error:  # this server asks another one
-                return 502, {"error": str(error)}
 
         def _read(self, length: int) -> bytes:
             """The body, or its first bytes if it is too long. All of it is read: a client sends first, then listens."""
