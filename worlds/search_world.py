@@ -68,7 +68,7 @@ Facts = dict[tuple[str, str], str]  # (entity, relation) -> entity
 def build_world(entities: int, syllables: int, seed: int) -> tuple[list[Passage], dict[str, list[Question]]]:
     """Passages, and the questions of each split in a random order. The same arguments give the same world.
 
-    entities: number of passages, a multiple of 20 or rounded down for each kind.
+    entities: number of passages, 40 or more. The number of each kind is rounded down, so a few may be missing.
     syllables: number of distinct first words of names, and of distinct second words. A tiny model must learn to copy
     each of them.
     """

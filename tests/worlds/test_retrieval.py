@@ -121,7 +121,7 @@ def test_server_speaks_both_dialects():
         # 23 KiB that took 53 s and 1.5 GiB, as passages and not as bytes
         ({"queries": ["bo"] * 4000, "topk": 1000}, "4000 queries with topk 1000 are too many: at most 10000 passages"),
         ({"queries": [""] * 10_001, "topk": 1}, "10001 queries with topk 1 are too many"),
-        (b" " * 3 * 2**20, "a request has at most 1048576 bytes, got 3145728"),
+        (b" " * 2**25, "a request has at most 1048576 bytes, got 33554432"),
     ],
 )
 def test_server_refuses_nonsense_and_goes_on(content, message):
@@ -130,7 +130,8 @@ def test_server_refuses_nonsense_and_goes_on(content, message):
         assert (status, list(answer)) == (400, ["error"])
         assert message in answer["error"]
         assert ask(url, {"query": "bo"}, "/elsewhere")[0] == 404
-        assert ask(url, b"", **{"Content-Length": "-1"})[1]["error"].startswith("Content-Length must be")
+        for length in ("-1", "9" * 5000):
+            assert ask(url, b"", **{"Content-Length": length})[1]["error"].startswith("Content-Length must be")
         assert ask(url, {"query": "bo"})[0] == 200
 
 
