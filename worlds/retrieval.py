@@ -116,7 +116,7 @@ def terms(text: str) -> list[str]:
 class Bm25:
     """BM25 over passages. Raises ValueError if no passage has a word.
 
-    k1 = 1.5 and b = 0.75 are textbook values (k1 from 1.2 to 2, b about 0.75). The shop has pyserini's, as WebShop does.
+    k1 = 1.5 and b = 0.75 are textbook values (k1 from 1.2 to 2, b about 0.75). The shop uses pyserini's, as WebShop.
     """
 
     def __init__(self, passages: list[Passage]):
