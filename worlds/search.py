@@ -1,15 +1,17 @@
 """Deep Search: answer a question by searching, reading and searching again, in Search-R1's setting.
 
-The default is the made-up world of `search_world`, searched by BM25; real questions come from a file or the hub
-(`questions`), passages from their contexts, a file (`corpus`) or a server (`retriever`). The reward is 1 if the
-answer matches exactly once both are normalised, and 0 otherwise, once, at the end; F1 stands beside it in the info.
+The default is the made-up world of `search_world`, searched by BM25. Real questions come from a file or the hub
+(`questions`). Their passages come from the questions' contexts, a file (`corpus`) or a server (`retriever`). The only
+reward is at the end: 1 if the normalised answer matches exactly, else 0. The info reports F1 as well.
 
-Differences from Search-R1: actions are `search[words]` and `answer[text]`, so that they fit the ReAct form of every
-environment here; every observation ends with the question, so that a very small model need not remember it; passages
-are cut to `passage_chars`. Not covered: MuSiQue's and WebWalker's own file formats, and reading whole web pages.
+Differences from Search-R1:
+- Actions are `search[words]` and `answer[text]`, to fit the ReAct form that every environment here uses.
+- Every observation ends with the question, because a very small model does not remember it.
+- Passages are cut to `passage_chars`.
+Not covered: MuSiQue's and WebWalker's own file formats, and reading whole web pages.
 
-    python -m worlds.search                        # what a faultless episode looks like
-    python -m worlds.search --serve --port 8000    # the passages over HTTP, for --retriever http://127.0.0.1:8000
+    python -m worlds.search                        # shows one episode of the oracle
+    python -m worlds.search --serve --port 8000    # serves the passages, for --retriever http://127.0.0.1:8000
 """
 
 import hashlib
@@ -31,7 +33,7 @@ from worlds.search_world import SPLITS, SYLLABLES, Question, build_world
 NOTHING = "Nothing happens."
 ACTION = re.compile(r"(search|answer)\[(.*)\]", re.IGNORECASE | re.DOTALL)
 NAME = re.compile(r"[A-Z]\w*(?: [A-Z]\w*)*")
-NO_NAMES = {"Who", "What"}  # the made-up world's only other words with a capital
+NO_NAMES = {"Who", "What"}  # the other capitalised words of the made-up world
 INSTRUCTIONS = """You answer a question by searching. Every turn, write one thought and one action:
 Thought: what is known, and what to look for next
 Action: search[words] | answer[text]
@@ -44,18 +46,18 @@ def _setting(default: int | str, text: str):
 
 @dataclass(frozen=True)
 class SearchConfig:
-    """What is asked and what is searched. Raises ValueError for what cannot be."""
+    """What is asked and what is searched. Raises ValueError for values out of range."""
 
-    max_steps: int = _setting(6, "actions, then the episode is truncated")
-    topk: int = _setting(3, "passages that a search shows, at most")
-    passage_chars: int = _setting(800, "characters of a passage that a search shows, at most")
-    entities: int = _setting(600, "size of the made-up world, in passages; a third never starts a question in training")
-    syllables: int = _setting(30, "that a name of the made-up world may begin with, and as many that it may end with")
-    seed: int = _setting(0, "of the made-up world")
-    questions: str = _setting("", "real ones: a json, jsonl or parquet file, or a hub id as NAME[:CONFIG[:SPLIT]]")
-    corpus: str = _setting("", "passages for them: a jsonl file with id and contents; default: the questions' contexts")
-    retriever: str = _setting("", "http://HOST:PORT of a server to search instead, in Search-R1's protocol")
-    timeout: int = _setting(10, "seconds without a sign of the server, which is then asked again, three times in all")
+    max_steps: int = _setting(6, "actions after which the episode is truncated")
+    topk: int = _setting(3, "most passages that a search shows")
+    passage_chars: int = _setting(800, "most characters of a passage that a search shows")
+    entities: int = _setting(600, "passages of the made-up world, one for each entity")
+    syllables: int = _setting(30, "distinct first words of the made-up names, and as many distinct second words")
+    seed: int = _setting(0, "random seed of the made-up world")
+    questions: str = _setting("", "real questions: a json, jsonl or parquet file, or a hub id NAME[:CONFIG[:SPLIT]]")
+    corpus: str = _setting("", "passages: a jsonl file with id and contents; default: the questions' contexts")
+    retriever: str = _setting("", "http://HOST:PORT of a server to search, in Search-R1's protocol")
+    timeout: int = _setting(10, "seconds for one query to the server, up to three attempts together")
 
     def __post_init__(self):
         for name in ("max_steps", "topk", "timeout"):
@@ -91,7 +93,7 @@ def exact_match(text: str, answers: tuple[str, ...]) -> bool:
 
 
 def f1(text: str, answers: tuple[str, ...]) -> float:
-    """Harmonic mean of precision and recall over the normalised words, for the answer that suits best; in [0, 1].
+    """F1 of the normalised words, the best over the answers: harmonic mean of precision and recall, in [0, 1].
 
     >>> f1("Ka Ren of Bo", ("The Ka Ren", "Bo Lin"))  # precision 2/4, recall 2/2
     0.6666666666666666
@@ -110,9 +112,10 @@ def f1(text: str, answers: tuple[str, ...]) -> float:
 def load_questions(source: str) -> tuple[list[Question], list[Passage]]:
     """Questions with an answer, and the passages of their contexts (none if they have no contexts).
 
-    source: a json, jsonl or parquet file, or a dataset on the hub as NAME[:CONFIG[:SPLIT]].  Fields: question,
-    golden_answers or answer, and if there is one context, as HotpotQA and 2Wiki write it.  Questions without an answer
-    are left out with a warning that names them.  Raises ValueError naming a record that is no question.
+    source: a json, jsonl or parquet file, or a dataset on the hub as NAME[:CONFIG[:SPLIT]].
+    Fields of a record: question, golden_answers or answer, and optionally context in HotpotQA's and 2Wiki's format.
+    Questions without an answer are left out, with a warning that names them.
+    Raises ValueError naming a record that is not a question.
     """
     questions, passages, unanswered = [], {}, []
     for where, record in _records(source):
@@ -129,7 +132,7 @@ def load_questions(source: str) -> tuple[list[Question], list[Passage]]:
             raise ValueError(f'{where}: "context" is not one of titles and sentences') from None
         if answers:
             kind = record.get("data_source") or record.get("type") or "question"  # Search-R1's field, HotpotQA's
-            questions.append(Question(text.strip(), answers, str(kind)))
+            questions.append(Question(_encodable(text.strip()), answers, _encodable(str(kind))))
         else:
             unanswered.append(where.removeprefix(f"{source}, "))
     if unanswered:
@@ -142,16 +145,21 @@ def load_questions(source: str) -> tuple[list[Question], list[Passage]]:
 
 
 def _answers(record: dict) -> tuple[str, ...]:
-    """Those that are not empty once they are normalised. Raises TypeError for one that is neither text nor number."""
+    """The answers, without those that normalise to "". Raises TypeError for one that is neither text nor number."""
     given = record.get("golden_answers") or record.get("answer")
     answers = [answer for answer in (given if isinstance(given, list) else [given]) if answer is not None]
     if wrong := [answer for answer in answers if isinstance(answer, bool) or not isinstance(answer, str | int | float)]:
         raise TypeError(f"{wrong[0]!r} is not an answer")
-    return tuple(str(answer) for answer in answers if normalize(str(answer)))
+    return tuple(_encodable(str(answer)) for answer in answers if normalize(str(answer)))
+
+
+def _encodable(text: str) -> str:
+    """The text with "?" for every lone surrogate. JSON may contain one, and no tokenizer or terminal accepts it."""
+    return text.encode(errors="replace").decode()
 
 
 def _context(record: dict) -> Iterator[Passage]:
-    """HotpotQA's context: [[title, sentences], ...] in its own file, {title: [], sentences: []} on the hub."""
+    """HotpotQA's context as passages: [[title, sentences], ...] in its file, {title: [], sentences: []} on the hub."""
     context = record.get("context") or []
     pairs = zip(context["title"], context["sentences"], strict=True) if isinstance(context, dict) else context
     for pair in pairs:
@@ -163,7 +171,7 @@ def _context(record: dict) -> Iterator[Passage]:
 
 
 def _records(source: str) -> Iterator[tuple[str, dict]]:
-    """(where it stands, record) for every record of a file or a dataset. Raises ValueError if it cannot be read."""
+    """(its place, record) for every record of a file or a dataset. Raises ValueError if it cannot be read."""
     path = Path(source)
     if path.suffix == ".jsonl":
         yield from read_jsonl(path)
@@ -213,13 +221,13 @@ def _hub_records(source: str) -> Iterable[dict]:
     config, _, split = rest.partition(":")
     try:
         return load_dataset(name, config or None, split=split or "train")
-    except Exception as error:  # not there, no network, a loader script, broken data: each has its own class
+    except Exception as error:  # no such dataset, no network, a loader script, broken data: all of different classes
         reason = str(error).partition("\n")[0]
         raise ValueError(f"{source}: neither a json, jsonl or parquet file nor a dataset ({reason})") from None
 
 
 def split_of(question: Question) -> str:
-    """The same question is always in the same split, whatever else is in the file; every fifth one is for eval."""
+    """A hash of the question decides: about every fifth is in eval. The rest of the file makes no difference."""
     digest = hashlib.sha256(normalize(question.text).encode(errors="replace")).digest()
     return "eval" if int.from_bytes(digest[:8], "big") % 5 == 0 else "train"
 
@@ -229,7 +237,7 @@ def split_of(question: Question) -> str:
 
 @dataclass(frozen=True)
 class Library:
-    """Everything that is loaded once and shared by all environments of a configuration."""
+    """What is loaded once and shared by all environments of a configuration."""
 
     questions: dict[str, list[Question]]  # by split
     retrieve: Retriever
@@ -237,9 +245,9 @@ class Library:
 
 @lru_cache(maxsize=2)
 def open_library(config: SearchConfig) -> Library:
-    """Raises ValueError for files that cannot be used, and for a server that does not answer."""
+    """Loads or makes it. Raises ValueError for files that cannot be used, and for a server that does not answer."""
     if config.corpus and not config.questions:
-        raise ValueError("a corpus without questions: it does not answer those of the made-up world")
+        raise ValueError("a corpus without questions: give both, it does not answer those of the made-up world")
     if config.questions:
         asked, passages = load_questions(config.questions)
         questions = {split: [q for q in asked if split_of(q) == split] for split in ("train", "eval")}
@@ -247,8 +255,8 @@ def open_library(config: SearchConfig) -> Library:
         passages, questions = build_world(config.entities, config.syllables, config.seed)
     if config.retriever:
         retrieve = HttpRetriever(config.retriever, config.timeout)
-        try:
-            retrieve(questions["train"][0].text if questions["train"] else "?", 1)  # better no start than no end
+        try:  # a server that is down stops the run before it starts
+            retrieve(questions["train"][0].text if questions["train"] else "?", 1)
         except RetrieverError as error:
             raise ValueError(str(error)) from None
         return Library(questions, retrieve)
@@ -263,7 +271,7 @@ def open_library(config: SearchConfig) -> Library:
 
 
 class Search:
-    """One question at a time; the contract is `envs.Env`. info["f1"] is that of the answer, 0 before there is one."""
+    """One question at a time. The contract is `envs.Env`. info["f1"] is the F1 of the answer, and 0 before it."""
 
     instructions = INSTRUCTIONS
 
@@ -272,13 +280,13 @@ class Search:
         self.library = open_library(self.config)
 
     def size(self, split: str) -> int:
-        """Number of questions in the split; real questions have no out-of-distribution splits."""
+        """Number of questions in the split. Real questions have no out-of-distribution splits, so 0 there."""
         if split not in SPLITS:
             raise ValueError(f"unknown split {split!r}; search has {', '.join(SPLITS)}")
         return len(self.library.questions.get(split, ()))
 
     def reset(self, split: str, seed: int) -> tuple[str, dict]:
-        """Ask question number `seed` of the split. Raises ValueError if it has none of that number."""
+        """Ask question number `seed` of the split. Raises ValueError if there is no such question."""
         if not 0 <= seed < self.size(split):
             raise ValueError(f"there is no question {seed} in {split}, which has {self.size(split)}")
         self.question = self.library.questions[split][seed]
@@ -299,8 +307,7 @@ class Search:
         return self._with_question(reply), float(success), answered, truncated, info
 
     def _with_question(self, text: str) -> str:
-        # A tokenizer raises on half a surrogate pair, which JSON can smuggle in.
-        return f"{text}Question: {self.question.text}".encode(errors="replace").decode()
+        return _encodable(f"{text}Question: {self.question.text}")
 
     def _search(self, query: str) -> str:
         found = [hit.document for hit in self.library.retrieve(query, self.config.topk)]
@@ -312,13 +319,16 @@ class Search:
     # ------------------------------------------------------------------------------------------- scripted players
 
     def admissible(self) -> list[str]:
-        """Search for, or answer with, any name seen so far (runs of words with a capital), in the order of sight."""
+        """Search for, or answer with, any name seen so far, oldest first. A name is a run of capitalised words."""
         seen = dict.fromkeys(name for text in self.seen for name in NAME.findall(text) if name not in NO_NAMES)
         return [f"{verb}[{name}]" for verb in ("search", "answer") for name in seen or [self.question.text]]
 
     def oracle(self) -> tuple[str, str]:
-        """(thought, action) of a player that knows what to search for: the first fact on the way that was not seen.
-        It knows nothing of the kind about a real question: it searches once, for all of it, and knows the answer."""
+        """(thought, action) of a player that knows the solution.
+
+        In the made-up world it searches for the first fact of the solution that it has not seen. A real question comes
+        without these facts: it searches for the whole question once, then gives the answer.
+        """
         question, known = self.question, ""
         if not question.hops and len(self.seen) == 1 and self.steps == 0:
             return "To be looked up.", f"search[{question.text}]"
@@ -336,8 +346,8 @@ class Search:
 class CommandConfig:
     """What `python -m worlds.search` does."""
 
-    serve: bool = _setting(False, "answer queries over HTTP until interrupted, instead of playing an episode")
-    host: str = _setting("127.0.0.1", "address to serve at; 0.0.0.0 for every machine that can reach this one")
+    serve: bool = _setting(False, "answer queries over HTTP until interrupted, instead of showing an episode")
+    host: str = _setting("127.0.0.1", "address to serve at; 0.0.0.0 lets other machines connect")
     port: int = _setting(8000, "TCP port to serve at")
 
 
@@ -349,8 +359,8 @@ def serve(command: CommandConfig, config: SearchConfig) -> None:
         http.serve_forever()
 
 
-def play(config: SearchConfig) -> None:
-    """Print a faultless episode."""
+def show_episode(config: SearchConfig) -> None:
+    """Print one episode of the oracle."""
     env = Search(config)
     observation, _ = env.reset("eval", 0)
     print(f"{env.instructions}\n\n{observation}")
@@ -364,14 +374,14 @@ def play(config: SearchConfig) -> None:
 
 
 def main() -> None:
-    from transformers import HfArgumentParser  # slow to import, and an environment does without
+    from transformers import HfArgumentParser  # slow to import, and only the command line needs it
 
     try:
         command, config = HfArgumentParser((CommandConfig, SearchConfig)).parse_args_into_dataclasses()
         if command.serve:
             serve(command, config)
         else:
-            play(config)
+            show_episode(config)
     except (OSError, ValueError, ImportError, OverflowError) as error:
         sys.exit(f"search.py: {error}")
     except KeyboardInterrupt:

@@ -1,11 +1,13 @@
-"""A made-up world to ask about: named entities, a passage about each of them, questions that chain its facts.
+"""A made-up world: named entities, a passage about each of them, and multi-hop questions about their facts.
 
-"Who is Bo Lin's birthplace's mayor?" takes two searches: nothing but the passages knows the answer. One split is in
-distribution (`eval`: relations chained as in training, from start entities that training never starts from), two are
-out of it, in one more way each (`ood_comp`: pairs of relations never chained in training; `ood_hops`: three relations).
+"Who is Bo Lin's birthplace's mayor?" takes two searches: one for the birthplace, one for its mayor. The names are made
+up, so a model cannot know the answer without the passages. The splits differ from `train`:
+- `eval` is in distribution: the same pairs of relations, from start entities that no training question starts from.
+- `ood_comp` is out of distribution: the same start entities as `eval`, with pairs of relations unseen in training.
+- `ood_hops` is out of distribution: the same start entities as `eval`, with three relations instead of one or two.
 
-A question names the relations in the order in which they are needed, and every fact is told in the same words: both
-make it easier than real questions. Facts are drawn independently: a country's capital may lie in another country.
+The questions are easier than real ones. They name the relations in the order in which they are needed, and every fact
+has the same wording. Facts are drawn independently: the capital of one country may be a city in another.
 """
 
 import random
@@ -16,25 +18,26 @@ from worlds.retrieval import Passage
 
 SPLITS = ("train", "eval", "ood_comp", "ood_hops")
 PARTS_OF_20 = {"person": 8, "city": 3, "company": 3, "film": 4, "country": 2}  # kind -> its share of the entities
-RELATIONS = {  # noun -> the kinds that it leads from and to
+RELATIONS = {  # relation -> (kind of its head, kind of its tail)
     "birthplace": ("person", "city"), "teacher": ("person", "person"), "employer": ("person", "company"),
     "country": ("city", "country"), "mayor": ("city", "person"),
     "headquarters": ("company", "city"), "founder": ("company", "person"),
     "director": ("film", "person"), "studio": ("film", "company"),
     "capital": ("country", "city"), "president": ("country", "person"),
 }  # fmt: skip
-HELD_OUT = {  # never chained in training, where each of their relations still comes first and second, if it can at all
+# Pairs of relations that are not in training. There, each relation still occurs in every position that it can take.
+HELD_OUT = {
     ("birthplace", "mayor"), ("teacher", "employer"), ("employer", "founder"), ("mayor", "teacher"),
     ("headquarters", "country"), ("founder", "birthplace"), ("director", "employer"), ("president", "teacher"),
 }  # fmt: skip
-# No "th" at the start: "The" must not be a name, because articles do not count in an answer.
+# No onset is "th": "The" must not be a name, because normalisation removes articles from answers.
 ONSETS = "b ch d dr f g gr h j k l m n p pr r s sh st t tr v w z"
 SYLLABLES = [f"{o}{v}{c}".capitalize() for o in ONSETS.split() for v in "aeiou" for c in ("", *"lmnrsk")]
 
 
 @dataclass(frozen=True)
 class Hop:
-    """One fact of the world, as a step on the way to an answer."""
+    """One fact, as one step from a question to its answer."""
 
     head: str
     relation: str
@@ -50,7 +53,7 @@ class Hop:
 
 @dataclass(frozen=True)
 class Question:
-    """A question, every answer that counts as right, and for the made-up world the facts that lead there."""
+    """A question and its right answers. hops: the facts that lead to the answer; none for real questions."""
 
     text: str
     answers: tuple[str, ...]
@@ -63,10 +66,11 @@ Facts = dict[tuple[str, str], str]  # (entity, relation) -> entity
 
 
 def build_world(entities: int, syllables: int, seed: int) -> tuple[list[Passage], dict[str, list[Question]]]:
-    """Passages, and the questions of each split in a random order; the same for the same arguments.
+    """Passages, and the questions of each split in a random order. The same arguments give the same world.
 
-    entities: 40 or more, about as many are made.  syllables: how many different ones a name's first word is made of,
-    and its second word; a tiny model has to learn to copy each of them.
+    entities: number of passages, 40 or more. The number of each kind is rounded down, so a few may be missing.
+    syllables: number of distinct first words of names, and of distinct second words. A tiny model must learn to copy
+    each of them.
     """
     rng = random.Random(seed)
     names = _draw_names(rng, entities, syllables)
@@ -80,7 +84,7 @@ def build_world(entities: int, syllables: int, seed: int) -> tuple[list[Passage]
 
 
 def _draw_names(rng: random.Random, entities: int, syllables: int) -> Names:
-    drawn = rng.sample(SYLLABLES, 2 * syllables)  # no syllable is both first and second, so "Bo Lin" has no "Lin Bo"
+    drawn = rng.sample(SYLLABLES, 2 * syllables)  # no syllable is both first and second: "Bo Lin" excludes "Lin Bo"
     pairs = list(product(drawn[:syllables], drawn[syllables:]))
     unused = iter(rng.sample(pairs, entities))
     return {
@@ -102,7 +106,7 @@ def _passage(entity: str, facts: Facts) -> Passage:
 
 
 def paths(length: int) -> list[tuple[str, ...]]:
-    """All chains of `length` relations in which each one starts where the one before it led.
+    """All chains of `length` relations in which the tail of each one is of the kind of the next one's head.
 
     >>> paths(2)[0]
     ('birthplace', 'country')
@@ -122,11 +126,11 @@ def split_paths(split: str) -> list[tuple[str, ...]]:
 
 
 def _questions(split: str, names: Names, facts: Facts) -> list[Question]:
-    """Every question of a split whose chain does not come back to an entity: the answer is never in the question."""
+    """Every question of a split. A chain that returns to an entity is left out: its question could name its answer."""
     asked = []
     for path in split_paths(split):
         starts = names[RELATIONS[path[0]][0]]
-        third = len(starts) // 3  # training never starts from these
+        third = len(starts) // 3  # these start the questions of the held-out splits only
         for start in starts[third:] if split == "train" else starts[:third]:
             chain = [start]
             for relation in path:

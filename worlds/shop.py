@@ -143,7 +143,7 @@ class Catalogue:
 
     def search(self, query: str) -> list[str]:
         """Ids of the best matches, best first, at most MAX_RESULTS."""
-        return self._index.search(query, MAX_RESULTS)
+        return [asin for asin, _ in self._index.search(query, MAX_RESULTS)]
 
     def score(self, product: Product, goal: Goal, chosen: dict[str, str]) -> float:
         """WebShop's reward in [0, 1] for buying a product with the chosen options (name -> value)."""

@@ -1,4 +1,4 @@
-"""The search of WebShop: Lucene's BM25 over text in Latin script, result for result, in plain numpy.
+"""Lucene's BM25, for the shop and Deep Search: over text in Latin script result for result, in plain numpy.
 
 WebShop searches with Lucene through pyserini. What decides the order of two products that fit about equally well is
 small print: stems, lengths that are remembered in one byte, single-precision scores. All of it is here, so that a page
@@ -7,13 +7,12 @@ of results is WebShop's page; libraries that compute BM25 in their own way order
 
 from array import array
 from collections import Counter, defaultdict
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 
 import numpy as np
 import regex
 import Stemmer
 
-K1, B = np.float32(0.9), np.float32(0.4)  # pyserini's, not Lucene's own 1.2 and 0.75
 # A word stands between two word boundaries of Unicode (3.5, u.s.a. and women's are one word each) and begins with a
 # letter, a digit or a pictograph, which were more when Lucene was built than they are now: stars, cards, notes.
 BOUNDARY = regex.compile(r"(?V1w)\b")
@@ -48,32 +47,48 @@ def remembered_length(length: int) -> int:
 
 
 class Index:
-    """Texts that can be searched. texts: (id, text) pairs; of two with the same score the earlier one comes first."""
+    """BM25 over texts, with Lucene's arithmetic.
 
-    def __init__(self, texts: Iterable[tuple[str, str]]):
-        self._ids, lengths = [], []
+    texts: (id, text) pairs.  words: the words of a text or a query.
+    k1: how much a repeated word counts.  b: how much a long text is damped, 0 to 1. The defaults are pyserini's.
+    """
+
+    def __init__(
+        self,
+        texts: Iterable[tuple[str, str]],
+        *,
+        words: Callable[[str], list[str]] = search_words,
+        k1: float = 0.9,
+        b: float = 0.4,
+    ):
+        self._words, self._ids, lengths = words, [], []
         postings = defaultdict(lambda: (array("i"), array("i")))  # word -> numbers of the texts that have it, how often
         for number, (name, text) in enumerate(texts):
-            words = search_words(text)
+            found = words(text)
             self._ids.append(name)
-            lengths.append(len(words))
-            for word, times in Counter(words).items():
+            lengths.append(len(found))
+            for word, times in Counter(found).items():
                 postings[word][0].append(number)
                 postings[word][1].append(times)
-        mean = np.float32(sum(lengths) / max(1, len(lengths)))
+        self._texts = max(1, np.count_nonzero(lengths))  # Lucene counts only texts that have a word
+        mean = np.float32(max(1, sum(lengths)) / self._texts)
         remembered = np.array([remembered_length(length) for length in lengths], dtype=np.float32)
-        self._damping = 1 / (K1 * ((1 - B) + B * remembered / mean))  # (N,) for N texts
+        k1, b = np.float32(k1), np.float32(b)
+        self._damping = 1 / (k1 * ((1 - b) + b * remembered / mean))  # (N,) for N texts
         self._postings = {word: tuple(map(np.array, lists)) for word, lists in postings.items()}
 
-    def search(self, query: str, limit: int) -> list[str]:
-        """Ids of the best matches, best first."""
-        total = np.zeros(len(self._ids))  # double precision while summing, single at the end: so does Lucene
-        for word, times in Counter(search_words(query)).items():
+    def search(self, query: str, limit: int) -> list[tuple[str, float]]:
+        """(id, score) of the best matches, best first; equal scores in the order of the texts. Scores are above 0."""
+        total = np.zeros(len(self._ids))  # (N,), double precision while summing, single at the end, as in Lucene
+        for word, times in Counter(self._words(query)).items():
             if word in self._postings:
                 texts, counts = self._postings[word]
-                rarity = np.log(1 + (len(total) - len(texts) + 0.5) / (len(texts) + 0.5))
+                rarity = np.log(1 + (self._texts - len(texts) + 0.5) / (len(texts) + 0.5))
                 weight = np.float32(times) * np.float32(rarity)
                 total[texts] += weight - weight / (1 + counts.astype(np.float32) * self._damping[texts])
         scores = total.astype(np.float32)
-        best = np.argsort(-scores, kind="stable")[:limit]
-        return [self._ids[number] for number in best if scores[number] > 0]
+        found = np.flatnonzero(scores)
+        if len(found) > limit:  # a common word finds nearly all texts: sort only the best
+            found = found[scores[found] >= np.partition(scores[found], -limit)[-limit]]
+        best = found[np.argsort(-scores[found], kind="stable")][:limit]
+        return [(self._ids[number], float(scores[number])) for number in best]
