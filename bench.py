@@ -20,16 +20,16 @@ from random import Random
 from typing import Literal
 
 import torch
-from accelerate import Accelerator
 
 from config import TrainConfig, parse_config
 from empg import group_advantages, modulate, spread, step_entropy, token_logp_and_entropy
 from envs import ENVIRONMENTS, Env, make_envs, parse_response
 from episode import Episode, Task, collate
+from eval import start_ranks
 from policy import Policy
 from rollout import rollout
-from train import prepare
-from update import Learner, update
+from train import learn, prepare
+from update import Learner
 
 
 @dataclass(frozen=True)
@@ -44,6 +44,7 @@ class BenchConfig:
     repeats: int = field(default=5, metadata={"help": "measurements of each side, of which the median counts"})
     tokens: int = field(default=4096, metadata={"help": "memory: tokens"})
     vocabulary: int = field(default=151_936, metadata={"help": "memory: size of the vocabulary; Qwen2.5's by default"})
+    threads: int = field(default=os.cpu_count(), metadata={"help": "rollout and empg: threads on the CPU"})
     worlds: int = field(default=128, metadata={"help": "worlds: environments that take turns in one process"})
     data: str = field(default="", metadata={"help": "worlds: folder of ALFWorld games; default: ALFWorld is left out"})
     out: str = field(default="bench.json", metadata={"help": "file for the result"})
@@ -126,12 +127,12 @@ def measure_rollout(bench: BenchConfig, config: TrainConfig, policy: Policy) -> 
 # ------------------------------------------------------------------------------------------------------------ EMPG
 
 
-def measure_empg(bench: BenchConfig, config: TrainConfig, policy: Policy, learner: Learner) -> dict:
+def measure_empg(bench: BenchConfig, config: TrainConfig, learner: Learner) -> dict:
     """What EMPG adds to an iteration: advantages, step entropy, modulation and spreading, over sampling plus update."""
-    envs = make_envs(config.env, config.settings, bench.environments)
+    envs, policy = make_envs(config.env, config.settings, bench.environments), learner.policy
     number = config.tasks_per_iteration * config.group_size
     tasks = [Task(config.env, "train", seed // config.group_size) for seed in range(number)]
-    sample, modulation, learn = [], [], []
+    sample, modulation, learning = [], [], []
     for repeat in range(bench.repeats + 1):
         seconds, episodes = clock(lambda seed=repeat: our_rollout(policy, envs, tasks, config, seed))
         batch = collate(episodes, policy.device)
@@ -141,15 +142,14 @@ def measure_empg(bench: BenchConfig, config: TrainConfig, policy: Policy, learne
             return spread(modulate(advantage, *step_entropy(batch.token_entropy, batch.step_ids)), batch.step_ids)
 
         sample.append(seconds)
-        seconds, advantage = clock(token_advantage)
-        modulation.append(seconds)
-        learn.append(clock(lambda b=batch, a=advantage, i=repeat: update(config, learner, b, a, i))[0])
-    sample, modulation, learn = (statistics.median(values[1:]) for values in (sample, modulation, learn))
+        modulation.append(clock(token_advantage)[0])
+        learning.append(clock(lambda b=batch, i=repeat: learn(config, learner, b, i))[0])
+    sample, modulation, learning = (statistics.median(values[1:]) for values in (sample, modulation, learning))
     return {
         "sampling, seconds": sample,
         "advantage and modulation, seconds": modulation,
-        "update, seconds": learn,
-        "EMPG's share of an iteration": modulation / (sample + modulation + learn),
+        "advantage, modulation and update, seconds": learning,
+        "EMPG's share of an iteration": modulation / (sample + learning),
     }
 
 
@@ -259,13 +259,12 @@ def main() -> None:
     if bench.only in ("all", "worlds"):  # first: memory is counted from its highest point so far
         result |= measure_worlds(bench)
     if bench.only in ("all", "rollout", "empg"):
-        accelerator = Accelerator()
-        torch.set_num_threads(os.cpu_count())
-        policy, learner, _ = prepare(config, accelerator, make_envs(config.env, config.settings, 1)[0])
+        learner, _ = prepare(config, start_ranks(), make_envs(config.env, config.settings, 1)[0])
+        torch.set_num_threads(bench.threads)
         if bench.only in ("all", "rollout"):
-            result |= measure_rollout(bench, config, policy)
+            result |= measure_rollout(bench, config, learner.policy)
         if bench.only in ("all", "empg"):
-            result |= measure_empg(bench, config, policy, learner)
+            result |= measure_empg(bench, config, learner)
     if bench.only in ("all", "memory"):
         result |= measure_memory(bench)
     for name, value in result.items():

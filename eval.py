@@ -52,7 +52,7 @@ def start_ranks(**options) -> Accelerator:
 
 
 def open_envs(config: EvalConfig | TrainConfig, number: int, splits: list[str]) -> list[Env]:
-    """`number` environments with tasks in the splits. Ends the program with one line if data or packages are missing."""
+    """`number` environments with tasks in the splits. Ends the program if data or packages are missing."""
     try:
         return make_envs(config.env, config.settings, number, splits)
     except (ValueError, ImportError) as error:
@@ -218,7 +218,9 @@ def main() -> None:
     config = parse_eval_config()
     transformers.utils.logging.disable_progress_bar()
     try:
-        run(config, start_ranks())
+        accelerator = start_ranks()
+        run(config, accelerator)
+        accelerator.end_training()
     except (PolicyError, RecordError) as error:
         raise SystemExit(str(error)) from error
 

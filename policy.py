@@ -140,8 +140,8 @@ def load_policy(path: str, dtype: torch.dtype = torch.float32) -> Policy:
 def require_full_attention(config) -> None:
     """Raises ValueError for a model with sliding-window or linear attention.
 
-    The sampler keeps its own cache and lets a token see all earlier ones. With a sliding window the log-probabilities of
-    training would be others than those of sampling (by about 2 nats in a small Mistral).
+    The sampler keeps its own cache and lets a token see all earlier ones. With a sliding window the log-probabilities
+    of training would be others than those of sampling (by about 2 nats in a small Mistral).
     """
     kinds = {type(layer) for layer in DynamicCache(config=config).layers}
     if kinds - {DynamicLayer}:

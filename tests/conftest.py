@@ -9,7 +9,7 @@ from rollout import dialogue, play_scripted, rollout
 from tiny import TinyConfig, imitate, tiny_policy
 
 ALFWORLD_INSTALL = "pip install --no-deps -r requirements-alfworld.txt"
-ALFWORLD_GAMES = {"train": 12, "valid_seen": 6, "valid_unseen": 6}  # of each split
+ALFWORLD_GAMES = {"train": 6, "valid_seen": 3, "valid_unseen": 3}  # of each split
 
 
 @pytest.fixture(scope="session")
@@ -21,7 +21,7 @@ def alfworld_data(tmp_path_factory) -> str:
 
     out = tmp_path_factory.mktemp("games")
     for split, number in ALFWORLD_GAMES.items():
-        write_games(GamesConfig(str(out), split, number, receptacles=12, objects=10))
+        write_games(GamesConfig(str(out), split, number, receptacles=8, objects=8))
     return str(out)
 
 

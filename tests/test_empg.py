@@ -446,6 +446,7 @@ def test_wrong_shapes_are_named(function, shapes, options):
         (lambda: empg.spread(torch.zeros(1, 2), tensor([[0, 1, 2]])), r"step_ids go up to 2, .* is \(1, 2\)"),
         (lambda: empg.token_logp_and_entropy(torch.zeros(1, 1, 2), tensor([[0]]), 0.0), "temperature .* got 0"),
         (lambda: empg.aggregate(torch.zeros(1, 1), tensor([[True]]), "mean"), "'sequence' or 'token', got 'mean'"),
+        (lambda: empg.aggregate(torch.zeros(1, 1), tensor([[True]]), "mean", 1), "'sequence' or 'token', got 'mean'"),
         (lambda: empg.soft_overlong_penalty(tensor([1]), limit=10, buffer=11), "limit 10, got 11"),
     ],
 )

@@ -9,7 +9,7 @@ import torch
 import empg
 from envs import PLAYERS, make_envs
 from episode import Episode, Step, Task, collate, load_episodes, replay, save_episodes, transcript
-from rollout import play
+from rollout import play_scripted
 
 TENSORS = ("ids", "step_ids", "old_logp", "token_entropy", "reward", "length")
 TOKEN_LISTS = list(TENSORS[:4])
@@ -78,7 +78,7 @@ def test_select_is_the_batch_of_these_episodes_alone(rows, house_episodes):
 
 def test_saved_episodes_are_loaded_as_they_were_and_replay(house_episodes, tmp_path):
     env = make_envs("house", [], 1)[0]
-    without_tokens = play(env, [Task("house", "train", seed) for seed in range(3)], PLAYERS["oracle"], seed=0)
+    without_tokens = play_scripted(env, [Task("house", "train", seed) for seed in range(3)], PLAYERS["oracle"], seed=0)
     save_episodes(tmp_path / "e", [*house_episodes, *without_tokens])
     loaded = load_episodes(tmp_path / "e")
     assert loaded == [*house_episodes, *without_tokens]
@@ -125,7 +125,7 @@ def test_a_line_that_is_no_episode_is_named(broken, tmp_path):
 def test_replay_names_the_first_answer_that_differs():
     """Nobody could play a published episode again, so nobody saw that the world had changed since."""
     env = make_envs("house", [], 1)[0]
-    tampered = play(env, [Task("house", "eval", 7)], PLAYERS["oracle"], seed=0)[0]
+    tampered = play_scripted(env, [Task("house", "eval", 7)], PLAYERS["oracle"], seed=0)[0]
     answer = tampered.steps[1].observation
     tampered.steps[1].observation = tampered.steps[2].observation = "You win."
     with pytest.raises(ValueError, match=r"seed=7\), step 1: got .*recorded was 'You win\.'") as error:

@@ -38,13 +38,13 @@ ALLOWED = {
     "figures": set(),
     "policy": set(),
     "tiny": {"policy"},
-    "checkpoint": {"policy"},
     "envs": WORLDS,
     "config": {"empg", "envs", *WORLDS},
+    "checkpoint": {"policy", "config", "empg", "envs", *WORLDS},
     "rollout": {"empg", "episode", "policy", "envs", *WORLDS},
-    "update": {"empg", "episode", "config", "envs", *WORLDS},
-    "eval": {"empg", "episode", "policy", "envs", "config", "rollout", "checkpoint", "tiny", *WORLDS},
+    "update": {"empg", "episode", "policy", "config", "envs", *WORLDS},
     "record": {"empg", "episode", "config", "envs", "figures", *WORLDS},
+    "eval": {"empg", "episode", "policy", "envs", "config", "rollout", "record", "figures", *WORLDS},
 } | dict.fromkeys(WORLDS, WORLDS)
 
 

@@ -140,8 +140,9 @@ def test_two_ranks_train_and_evaluate_as_one_does(run, cache, tmp_path):
     one = run("one", **flags)
     script, two = tmp_path / "both.py", tmp_path / "two"
     script.write_text(
-        f"import sys; sys.path.insert(0, {str(ROOT)!r})\nimport accelerate, eval, train\n"
-        "accelerate.Accelerator.end_training = lambda self: None  # it would part the two processes\ntrain.main()\n"
+        f"import sys; sys.path.insert(0, {str(ROOT)!r})\nimport eval, train\nfrom accelerate import Accelerator as A\n"
+        "A.end_training, end = lambda self: None, A.end_training  # it would part the two processes\n"
+        "train.main()\nA.end_training = end\n"
         f"sys.argv[1:] = ['--policy', {str(two / 'checkpoint-000004')!r}, '--json', {str(tmp_path / 'eval.json')!r}]\n"
         "eval.main()\n"
     )
@@ -150,8 +151,10 @@ def test_two_ranks_train_and_evaluate_as_one_does(run, cache, tmp_path):
     assert result.returncode == 0, result.stderr[-2000:]
     assert json.loads((two / "config.json").read_text())["ranks"] == 2
     for a, b in zip(rows(one), rows(two), strict=True):
+        # Adam makes more of the last bit of a gradient than of the metrics before it.
+        assert b.pop("policy/grad_norm", 0) == pytest.approx(a.pop("policy/grad_norm", 0), rel=1e-4)
         assert b == pytest.approx(a, abs=1e-6, rel=1e-6)
-    assert same_weights(one, two, atol=1e-5)
+    assert same_weights(one, two, atol=1e-4)  # a quarter of one step of Adam
     (evaluated,) = json.loads((tmp_path / "eval.json").read_text()).values()
     assert train.eval_metrics(evaluated).items() <= rows(two)[-1].items()
 
