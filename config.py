@@ -236,14 +236,15 @@ def parse_eval_config(argv: Sequence[str] | None = None) -> EvalConfig:
     given.add_argument("--compare", nargs="*", default=[])
     given.add_argument("--env")
     known, _ = given.parse_known_args(argv)
-    typed = {word.partition("=")[0] for word in (sys.argv[1:] if argv is None else argv)}
+    words = sys.argv[1:] if argv is None else argv
+    typed = {word.partition("=")[0].lstrip("-").replace("-", "_") for word in words if word.startswith("--")}
     defaults: dict = {}
     for player in known.compare or [known.policy]:
         own = evaluation_of(player)
         if known.env and own and known.env != own["env"]:
             own = {name: own[name] for name in ("seed", "temperature", "max_step_tokens", "max_tokens")}
         for name, value in own.items():
-            if f"--{name}" not in typed and defaults.setdefault(name, value) != value:
+            if name not in typed and defaults.setdefault(name, value) != value:
                 given.error(f"the two players were trained with {name} {defaults[name]} and {value}; say --{name}")
     return parse_config(EvalConfig, argv, defaults)
 
