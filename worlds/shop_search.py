@@ -8,20 +8,37 @@ of results is WebShop's page; libraries that compute BM25 in their own way order
 from array import array
 from collections import Counter, defaultdict
 from collections.abc import Callable, Iterable
+from functools import lru_cache
 
 import numpy as np
 import regex
-import Stemmer
+from nltk.stem.porter import PorterStemmer
 
-# A word stands between two word boundaries of Unicode (3.5, u.s.a. and women's are one word each) and begins with a
-# letter, a digit or a pictograph, which were more when Lucene was built than they are now: stars, cards, notes.
-BOUNDARY = regex.compile(r"(?V1w)\b")
-FORMER = "\u2388\u2600-\u2605\u2607-\u2612\u2614-\u2685\u2690-\u2705\u2708-\u2712\u2763-\u2767\U0001f000-\U0001f64f"
-SPOKEN = regex.compile(rf"_*[\p{{Alphabetic}}\p{{Nd}}\p{{Extended_Pictographic}}{FORMER}]")
+# The words of Unicode's rules (UAX 29), as far as Lucene indexes them; each line names Unicode's own classes.
+MARKS = r"[\p{WB=Extend}\p{WB=Format}\p{WB=ZWJ}]*"  # accents, soft hyphens: they belong to the character before them
+LETTER = rf"[\p{{WB=ALetter}}\p{{WB=Hebrew_Letter}}--\xb8]{MARKS}"  # \xb8 is a letter only in newer versions
+DIGIT = rf"\p{{Nd}}{MARKS}"
+KATAKANA = rf"\p{{WB=Katakana}}{MARKS}"
+JOINER = rf"\p{{WB=ExtendNumLet}}{MARKS}"  # the underscore
+QUOTE = r"\p{WB=MidNumLet}\p{WB=Single_Quote}"
+LETTERS = rf"{LETTER}(?:(?:[{QUOTE}\p{{WB=MidLetter}}]{MARKS})?{LETTER})*"  # women's, u.s.a
+NUMBER = rf"{DIGIT}(?:(?:[{QUOTE}\p{{WB=MidNum}}]{MARKS})?{DIGIT})*"  # 3.5, 12,000
+# Lucene's pictographs are those of Unicode 12.1. Later versions took these out.
+REMOVED = (
+    r"\u2388\u2600-\u2605\u2607-\u2612\u2614-\u2685\u2690-\u2705\u2708-\u2712\u2763-\u2767\U0001f000-\U0001f0ff"
+    r"\U0001f10d-\U0001f10f\U0001f12f\U0001f16c-\U0001f171\U0001f1ad\U0001f1ae\U0001f249-\U0001f53d"
+    r"\U0001f546-\U0001f64f\U0001f680-\U0001f6ff\U0001f774-\U0001f77f\U0001f7d5-\U0001f7ff\U0001f947-\U0001fbef"
+)
+PICTOGRAPH = rf"[\p{{Extended_Pictographic}}{REMOVED}]"
+WORD = regex.compile(
+    rf"(?V1)(?:(?:{JOINER})*(?:{LETTERS}|{NUMBER}|{KATAKANA}))+(?:{JOINER})*"
+    rf"|\u200d?{PICTOGRAPH}(?:{MARKS}\u200d{PICTOGRAPH})*{MARKS}|(?:\p{{RI}}{MARKS}){{2}}|[#*]\ufe0f?\u20e3"
+    rf"|[\p{{Han}}\p{{Hiragana}}]{MARKS}"
+)
 LONGEST = 255  # characters of a word; what is longer is cut up
 STOP_WORDS = """a an and are as at be but by for if in into is it no not of on or such that the their then there these
 they this to was will with""".split()  # noqa: SIM905
-STEMMER = Stemmer.Stemmer("porter")
+stem = lru_cache(maxsize=100_000)(PorterStemmer(PorterStemmer.MARTIN_EXTENSIONS).stem)
 
 
 def search_words(text: str) -> list[str]:
@@ -30,10 +47,10 @@ def search_words(text: str) -> list[str]:
     >>> search_words("The men's running shoes, size 9.5")
     ['men', 'run', 'shoe', 'size', '9.5']
     """
-    found = (word for word in BOUNDARY.split(text.lower()) if SPOKEN.match(word))
+    found = WORD.findall(text.lower())
     pieces = (word[start : start + LONGEST] for word in found for start in range(0, len(word), LONGEST))
     words = (regex.sub("['\u2019\uff07]s$", "", word) for word in pieces)
-    return [STEMMER.stemWord(word) or word for word in words if word not in STOP_WORDS]
+    return [stem(word) for word in words if word not in STOP_WORDS]
 
 
 def remembered_length(length: int) -> int:
