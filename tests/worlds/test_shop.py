@@ -15,24 +15,21 @@ from worlds.shop import SEP, SPLITS, Catalogue, Shop, ShopConfig, split_range
 from worlds.shop_data import Goal, Product
 from worlds.shop_reward import alike, choose_options, option_core
 
-
-def product(asin="B1", **changes):
-    values = {
-        "title": "acme soft warm blanket",
-        "category": "home",
-        "query": "blanket",
-        "path": "Home \u203a Bedding \u203a Blanket",
-        "price": 20.0,
-        "price_tag": "$20.0",
-        "description": "A nice thing.",
-        "bullets": ("machine washable",),
-        "attributes": ("soft", "warm"),
-        "options": {"color": ("dark red", "blue"), "size": ("small", "large")},
-    }
-    return Product(asin, **{**values, **changes})
+BLANKET = Product(
+    *("B1", "acme soft warm blanket", "home", "blanket", "Home \u203a Bedding \u203a Blanket", 20.0, "$20.0"),
+    description="A nice thing.",
+    bullets=("machine washable",),
+    attributes=("soft", "warm"),
+    options={"color": ("dark red", "blue"), "size": ("small", "large")},
+)
+LAMP = {"asin": "B2", "title": "tall lamp", "query": "lamp", "path": "Home \u203a Light"}
 
 
-def goal(asin="B1", attributes=("soft", "warm"), options=("red", "small"), price_limit=30.0):
+def product(**changes):
+    return dataclasses.replace(BLANKET, **changes)
+
+
+def goal(attributes=("soft", "warm"), options=(), price_limit=30.0, asin="B1"):
     return Goal(asin, "i need it", attributes, options, price_limit)
 
 
@@ -41,9 +38,9 @@ def env():
     return Shop()
 
 
-def shop_with(*products, wanted=None):
+def shop_with(*products):
     """A shop that sells these, at the start of one of its six equal tasks."""
-    env = Shop(catalogue=Catalogue(list(products), [wanted or goal(products[0].asin, options=())] * 6))
+    env = Shop(catalogue=Catalogue(list(products), [goal()] * 6))
     env.reset("train", 0)
     return env
 
@@ -65,35 +62,40 @@ def play(env, split, seed, choose):
     return steps
 
 
+def whim(seed):
+    rng = random.Random(seed)
+    return lambda env: random_player(env, [], rng)[1]
+
+
 def oracle(env):
     return env.oracle()[1]
 
 
 # --------------------------------------------------------------------------------------------------------------- reward
 
+RED, BLUE = {"color": "dark red", "size": "small"}, {"color": "blue"}
+WANTED = ("dark red", "small")
+
 
 @pytest.mark.parametrize(
-    ("bought", "wanted", "chosen", "score"),
+    ("changes", "wanted", "chosen", "score"),
     [
         # 2 attributes, 2 options ("dark red" is dark, "red" is red: not the same), the price: 4 of 5
-        (product(), goal(), {"color": "dark red", "size": "small"}, 4 / 5),
-        (product(), goal(options=("dark red", "small")), {"color": "dark red", "size": "small"}, 1.0),
-        (product(), goal(options=("dark red", "small")), {"color": "blue"}, 3 / 5),  # attributes and price
-        (product(), goal(options=("dark red", "small")), {}, 3 / 5),
-        (product(price=30.0), goal(options=()), {}, 1.0),  # the limit itself is allowed: 2 + 0 + 1 of 3
-        (product(price=30.1), goal(options=()), {}, 2 / 3),
-        (product(), goal(attributes=("washable", "warm"), options=()), {}, 1.0),  # it is in the features
-        (product(), goal(attributes=("heated", "warm"), options=()), {}, 2 / 3),
-        (product(), goal(attributes=("nice", "acme"), options=()), {}, 1.0),  # in description, in title
-        # another type of product: no word of the title is the same
-        (product("B2", title="tall lamp", query="lamp", path="Home \u203a Light"), goal(options=()), {}, 0.0),
-        # one of four words (0.25 > 0.2) makes it the same type, whatever the rest
-        (product("B2", title="soft towel", query="towel", path="Bath"), goal(options=()), {}, 1.0),
+        ({}, goal(options=("red", "small")), RED, 4 / 5),
+        ({}, goal(options=WANTED), RED, 1.0),
+        ({}, goal(options=WANTED), BLUE, 3 / 5),  # attributes and price
+        ({}, goal(options=WANTED), {}, 3 / 5),
+        ({"price": 30.0}, goal(), {}, 1.0),  # the limit itself is allowed: 2 + 0 + 1 of 3
+        ({"price": 30.1}, goal(), {}, 2 / 3),
+        ({}, goal(("washable", "warm")), {}, 1.0),  # it is in the features
+        ({}, goal(("heated", "warm")), {}, 2 / 3),
+        ({}, goal(("nice", "acme")), {}, 1.0),  # in description, in title
+        (LAMP, goal(), {}, 0.0),  # another type of product: no word of the title is the same
+        (LAMP | {"title": "soft towel"}, goal(), {}, 1.0),  # one of four words is the same: 0.25 > 0.2
     ],
 )
-def test_reward_by_hand(bought, wanted, chosen, score):
-    catalogue = Catalogue([product(), *([bought] if bought.asin != "B1" else [])], [wanted])
-    assert catalogue.score(bought, wanted, chosen) == pytest.approx(score)
+def test_reward_by_hand(changes, wanted, chosen, score):
+    assert Catalogue([BLANKET], [wanted]).score(product(**changes), wanted, chosen) == pytest.approx(score)
 
 
 @pytest.mark.parametrize(
@@ -103,75 +105,39 @@ def test_type_factor(shared, query, factor):
     """The target has 20 words: 1 shared is 0.05 < 0.1, 2 are 0.1, 5 are 0.25 > 0.2. Two shared categories do, too."""
     words = [f"word{chr(97 + i)}" for i in range(20)]
     target = product(title=" ".join(words))
-    other = product("B2", title=" ".join(["other", *words[:shared]]), query=query, path="Home \u203a Light")
-    catalogue = Catalogue([target, other], [goal()])
-    assert catalogue.score(other, goal(options=()), {}) == factor  # 3 of 3 points
+    other = product(**LAMP | {"title": " ".join(["other", *words[:shared]]), "query": query})
+    assert shop_reward.type_factor(other, target) == factor
     near = dataclasses.replace(other, path="Bedding \u203a Home \u203a Light")
-    assert catalogue.score(near, goal(options=()), {}) == max(factor, (factor == 0.5) * 1.0)
+    assert shop_reward.type_factor(near, target) == (1.0 if factor == 0.5 else factor)
 
 
-def slow_score(item, target, wanted, chosen):
-    """WebShop's reward once more, written from its description with sets of words instead of rapidfuzz."""
+def slow_alike(a, b):
+    """The token set ratio from its description, with sets of words and a table of common subsequences."""
 
-    def indel(a, b):  # 200 * longest common subsequence / sum of lengths
+    def ratio(a, b):  # 200 * longest common subsequence / sum of lengths
         row = [0] * (len(b) + 1)
         for x in a:
             new = [0]
             for j, y in enumerate(b):
                 new.append(row[j] + 1 if x == y else max(new[j], row[j + 1]))
             row = new
-        return 200 * row[-1] / (len(a) + len(b)) if a or b else 100
+        return 200 * row[-1] / (len(a) + len(b))
 
-    def close(a, b):
-        a, b = (set(re.sub(r"[^a-z0-9]", " ", text.lower()).split()) for text in (a, b))
-        if not a or not b:
-            return False
-        both, only_a, only_b = (" ".join(sorted(words)) for words in (a & b, a - b, b - a))
-        if both and (not only_a or not only_b):
-            return True
-        with_a, with_b = f"{both} {only_a}".strip(), f"{both} {only_b}".strip()
-        ratios = [indel(with_a, with_b)] + ([indel(both, with_a), indel(both, with_b)] if both else [])
-        return round(max(ratios)) > 85
-
-    def color(text):
-        return next((c for c in shop_reward.COLORS if text.find(c) >= 0), text)
-
-    points = 0
-    for attribute in wanted.attributes:
-        in_text = [attribute in text.lower() for text in (item.title, " ".join(item.bullets), item.description)]
-        points += 1 if True in in_text or [a for a in item.attributes if close(a, attribute)] else 0
-    for option in wanted.options:
-        points += 1 if [v for v in chosen.values() if close(color(v), color(option))] else 0
-    points += 0 if item.price > wanted.price_limit else 1
-    total = len(wanted.attributes) + len(wanted.options) + 1
-    words = [w for w in re.split(r"[^A-Za-z0-9]+", target.title.lower()) if w and w not in shop_reward.NO_NOUNS]
-    same = sum(1 for w in set(words) if w in item.title.lower().split()) / len(words)
-    kinds = set(item.path.split(" \u203a ")) & set(target.path.split(" \u203a "))
-    if same == 0:
-        return 0.0
-    right = item.query == target.query or len(kinds) > 1 or same > 0.2
-    return points / total * (0.1 if same < 0.1 else 1.0 if right else 0.5)
+    a, b = (set(re.sub(r"[^a-z0-9_]", " ", text.lower()).split()) for text in (a, b))
+    both, only_a, only_b = (" ".join(sorted(words)) for words in (a & b, a - b, b - a))
+    if not a or not b or (both and not (only_a and only_b)):
+        return bool(both)
+    with_a, with_b = f"{both} {only_a}".strip(), f"{both} {only_b}".strip()
+    return round(max([ratio(with_a, with_b), *(ratio(both, text) for text in (with_a, with_b) if both)])) > 85
 
 
-def test_reward_against_another_algorithm(env):
-    rng, scores = random.Random(0), Counter()
-    items = list(env.catalogue.products.values())
-    for _ in range(400):
-        wanted = rng.choice(env.catalogue.goals)
-        target = env.catalogue.products[wanted.asin]
-        item = rng.choice([target, rng.choice([i for i in items if i.query == target.query]), rng.choice(items)])
-        chosen = {name: rng.choice(values) for name, values in item.options.items() if rng.random() < 0.8}
-        score = env.catalogue.score(item, wanted, chosen)
-        assert score == pytest.approx(slow_score(item, target, wanted, chosen))
-        scores[score] += 1
-    assert len(scores) > 6  # not all the same
+WORDS = st.lists(st.sampled_from(["Red,", "red", "dark-red", "W_red", "small", "smal", "smalls", "2)", "2pack"]))
 
 
-@given(st.text(max_size=12), st.text(max_size=12))
-@settings(derandomize=True, deadline=None)
-def test_alike_is_symmetric_and_reflexive(a, b):
-    assert alike(a, b) == alike(b, a)
-    assert alike(a, a) == bool(shop_reward._plain(a).strip())
+@given(WORDS.map(" ".join), WORDS.map(" ".join))
+@settings(derandomize=True, deadline=None, max_examples=400)
+def test_alike_against_another_algorithm(a, b):
+    assert alike(a, b) == alike(b, a) == slow_alike(a, b)
 
 
 @pytest.mark.parametrize(
@@ -179,8 +145,8 @@ def test_alike_is_symmetric_and_reflexive(a, b):
     [
         ("na\u00efvet\u00e9", "navt", True),  # Latin-1 beyond ASCII is dropped
         ("\u0142", "l", False),  # other letters are not
-        ("w_large", "large", False),  # an underscore belongs to the word: 2 * 5 / 12 = 83
         ("w-large", "large", True),
+        ("w_large", "large", False),  # an underscore belongs to the word: 2 * 5 / 12 = 83
         ("a" * 53 + "b" * 9, "a" * 53 + "c" * 9, False),  # 2 * 53 / 124 = 85.48 is rounded to 85, which is not above 85
         ("a" * 54 + "b" * 8, "a" * 54 + "c" * 8, True),  # 87.1
     ],
@@ -189,18 +155,23 @@ def test_alike_is_thefuzz(a, b, expected):
     assert alike(a, b) == expected
 
 
-def test_options_from_a_template_are_pairs():
-    """("color", "blue") is blue, a colour on its own; ("color", "dark red") is compared word by word."""
-    assert option_core(("color", "blue")) == "blue"
-    assert option_core(("color", "dark red")) == ("color", "dark red")
-    wanted = {"color": "dark red", "size": "large"}
-    assert choose_options(product().options, wanted.items()) == wanted
+def test_a_pair_from_a_template_has_a_colour_only_if_its_value_is_one():
+    cores = [option_core(option) for option in ("dark red", ("color", "blue"), ("color", "dark red"))]
+    assert cores == ["dark", "blue", ("color", "dark red")]
 
 
-def test_choose_options_prefers_the_very_value():
-    options = {"color": ("red wine", "red", "blue"), "size": ("x-small", "small")}
-    assert choose_options(options, ["red", "small"]) == {"color": "red", "size": "small"}
-    assert choose_options(options, ["green"]) == {}
+@pytest.mark.parametrize(
+    ("wanted", "chosen"),
+    [
+        (["dark red", "small"], RED),
+        ([("color", "dark red"), ("size", "small")], RED),
+        (["red"], {"color": "red"}),  # the very value goes before those that count as it
+        (["green"], {}),
+    ],
+)
+def test_choose_options(wanted, chosen):
+    options = {"color": ("red wine", "red", "blue", "dark red"), "size": ("x-small", "small")}
+    assert choose_options(options, wanted) == chosen
 
 
 # ---------------------------------------------------------------------------------------------------------------- pages
@@ -208,9 +179,9 @@ def test_choose_options_prefers_the_very_value():
 
 @pytest.fixture
 def small():
-    """A shop with 12 blankets, each worth 20 dollars and more, and a goal that the first one fulfils."""
-    products = [product(f"B{i:02d}", price=20.0 + i, price_tag=f"${20.0 + i}") for i in range(12)]
-    wanted = goal("B00", options=("dark red", "small"), price_limit=20.0)
+    """A shop with 12 blankets, each worth 20 dollars and more, and goals that the first one fulfils."""
+    products = [product(asin=f"B{i:02d}", price=20.0 + i, price_tag=f"${20.0 + i}") for i in range(12)]
+    wanted = goal(asin="B00", options=WANTED, price_limit=20.0)
     return Shop(catalogue=Catalogue(products, [dataclasses.replace(wanted, instruction=f"task {i}") for i in range(6)]))
 
 
@@ -221,31 +192,27 @@ def test_pages(small):
     assert small.clickables() == ["search"]
     head = "Instruction: [SEP] task 0 [SEP] Back to Search [SEP] "
 
-    def act(action):
-        observation, reward, terminated, truncated, info = small.step(action)
-        assert (reward, terminated, truncated, info["valid"]) == (0.0, False, False, True)
-        return observation.removeprefix(head)
+    def page(*actions):
+        return act(small, *actions).removeprefix(head)
 
     items = [f"B{i:02d} [SEP] acme soft warm blanket [SEP] ${20.0 + i}" for i in range(12)]
-    assert act("search[soft blanket]") == SEP.join(["Page 1 (Total results: 12)", "Next >", *items[:10]])
+    assert page("search[soft blanket]") == SEP.join(["Page 1 (Total results: 12)", "Next >", *items[:10]])
     assert small.clickables() == ["back to search", "next >", *(f"b{i:02d}" for i in range(10))]
-    assert act("click[Next >]") == SEP.join(["Page 2 (Total results: 12)", "< Prev", "Next >", *items[10:]])
-    assert act("click[next >]") == "Page 3 (Total results: 12) [SEP] < Prev [SEP] Next >"
-    act("click[< prev]"), act("click[< prev]")
+    assert page("click[Next >]") == SEP.join(["Page 2 (Total results: 12)", "< Prev", "Next >", *items[10:]])
+    assert page("click[next >]") == "Page 3 (Total results: 12) [SEP] < Prev [SEP] Next >"
     options = ["color", "dark red", "blue", "size", "small", "large"]
     texts = ["acme soft warm blanket", "Price: $20.0", "Rating: N.A.", "Description", "Features", "Reviews", "Buy Now"]
     item = SEP.join(["< Prev", *options, *texts])
-    assert act("click[b00]") == item
+    assert page("click[< prev]", "click[< prev]", "click[b00]") == item
     links = ["back to search", "< prev", "description", "features", "reviews", "buy now"]
     assert small.clickables() == [*links, "dark red", "blue", "small", "large"]
-    assert act("click[dark red]") == item
-    assert act("click[description]") == "< Prev [SEP] A nice thing."
+    assert page("click[dark red]") == item
+    assert page("click[description]") == "< Prev [SEP] A nice thing."
     assert small.clickables() == ["back to search", "< prev"]
-    assert act("click[< prev]") == item
-    assert act("click[features]") == "< Prev [SEP] machine washable"
-    act("click[< prev]")
-    assert act("click[reviews]") == "< Prev"
-    act("click[< prev]"), act("click[small]")
+    assert page("click[< prev]") == item
+    assert page("click[features]") == "< Prev [SEP] machine washable"
+    assert page("click[< prev]", "click[reviews]") == "< Prev"
+    page("click[< prev]", "click[small]")
     small.steps = 0
     last, reward, terminated, truncated, info = small.step("click[buy now]")  # the colour has survived the sub-pages
     assert (reward, terminated, truncated) == (1.0, True, False)
@@ -272,29 +239,23 @@ def test_going_back_forgets_the_options(small):
 
 
 def test_a_value_of_two_options_belongs_to_the_later_one():
-    env = shop_with(product("B1", options={"lid": ("black", "white"), "cup": ("white", "red")}))
+    env = shop_with(product(options={"lid": ("black", "white"), "cup": ("white", "red")}))
     act(env, "search[blanket]", "click[b1]", "click[white]", "click[black]")
     assert env.chosen == {"cup": "white", "lid": "black"}
     assert env.clickables()[-3:] == ["black", "white", "red"]
 
 
-def test_options_with_the_name_of_a_button_are_the_button():
-    """So it is in WebShop, which also has a page of attributes that no button leads to."""
-    env = shop_with(product("B1", options={"show": ("attributes", "features", "next >", "search")}))
-    item = act(env, "search[blanket]", "click[b1]")
+def test_an_option_with_the_name_of_a_button_is_the_button():
+    """As in WebShop, which also has a page of attributes that no button leads to."""
+    env = shop_with(product(options={"show": ("attributes", "features", "next >", "search")}))
+    item = act(env, "search[blanket search_results item_page]", "click[b1]")  # names of pages, which mislead WebShop
     page = "< Prev [SEP] soft [SEP] warm [SEP] home [SEP] blanket [SEP] Home \u203a Bedding \u203a Blanket"
     assert act(env, "click[attributes]").endswith(f"Back to Search [SEP] {page}")
     assert act(env, "click[< prev]", "click[features]").endswith("< Prev [SEP] machine washable")
     assert act(env, "click[< prev]", "click[next >]") == item
     assert env.chosen == {"show": "next >"}
     assert not env.step("click[search]")[-1]["valid"]
-
-
-def test_a_page_name_in_a_search_leads_nowhere():
-    """WebShop would take the page of a product for a page of results. The docstring of shop.py names this difference."""
-    env = shop_with(product("B1"))
-    results = act(env, "search[blanket search_results item_page]")
-    assert act(env, "click[b1]", "click[features]", "click[< prev]", "click[< prev]") == results
+    assert "Page 1 (Total results: 1)" in act(env, "click[< prev]")
 
 
 @pytest.mark.parametrize(
@@ -311,16 +272,13 @@ def test_invalid_actions_change_nothing(small, action):
 def test_a_search_may_find_nothing(small):
     small.reset("test", 0)
     for words in (" ", "the", "zebra", "<|im_end|>"):
-        observation, _, _, _, info = small.step(f"search[{words}]")
-        assert info["valid"]
-        assert observation.endswith("Page 1 (Total results: 0) [SEP] Next >")
+        assert act(small, f"search[{words}]").endswith("Page 1 (Total results: 0) [SEP] Next >")
 
 
 def test_texts_appear_as_html_shows_them():
     """Elements without text vanish, spaces around texts too, and white space with a line break is layout."""
-    env = shop_with(
-        product("B1", title="  it's <b> & so ", description="", bullets=("", " \n ", "x\ny "), options={"a": ("p",)})
-    )
+    bullets = ("", " \n ", "x\ny ")
+    env = shop_with(product(title="  it's <b> & so ", description="", bullets=bullets, options={"a": ("p",)}))
     assert "B1 [SEP] it's <b> & so [SEP] $20.0" in act(env, "search[so]")
     assert act(env, "click[b1]", "click[description]").endswith("[SEP] < Prev")
     assert act(env, "click[< prev]", "click[features]").endswith("[SEP] < Prev [SEP]  [SEP] x\ny")
@@ -328,7 +286,7 @@ def test_texts_appear_as_html_shows_them():
     assert '{"a": "it\\u0027s \\u003c1\\u003e \\u0026 \\u00e9"}' in act(env, "click[< prev]", "click[buy now]")
 
 
-# ------------------------------------------------------------------------------------------------- oracle and tasks
+# ----------------------------------------------------------------------------------------------------- oracle and tasks
 
 
 @pytest.mark.filterwarnings("ignore:catalogue. left out")  # products without an instruction from a template
@@ -340,18 +298,18 @@ def test_oracle_solves_every_task(config):
             steps = play(env, split, seed, oracle)
             assert steps[-1][1] == 1.0, (split, seed)
             assert all(info["valid"] for *_, info in steps)
-    assert random.getstate() == state  # the global generator belongs to others
+    assert random.getstate() == state  # the global generator is not used
 
 
 def test_oracle_recovers_from_any_state():
     env = Shop(ShopConfig(max_steps=60))
     for seed in range(60):
-        rng = random.Random(seed)
+        rng, wander = random.Random(seed), whim(seed)
 
-        def lost(env, rng=rng):
+        def lost(env, rng=rng, wander=wander):
             if env.steps >= 20:
                 return oracle(env)
-            action = random_player(env, [], rng)[1]
+            action = wander(env)
             # It may search on any page, and must not buy.
             return "search[red]" if action == "click[buy now]" or rng.random() < 0.1 else action
 
@@ -361,26 +319,20 @@ def test_oracle_recovers_from_any_state():
 def test_only_a_perfect_purchase_is_rewarded(env):
     scores = Counter()
     for seed in range(60):
-        rng = random.Random(seed)
-        for _, reward, terminated, _, info in play(
-            env, "train", seed, lambda env, rng=rng: random_player(env, [], rng)[1]
-        ):
+        for _, reward, terminated, _, info in play(env, "train", seed, whim(seed)):
             assert (reward == 1.0) == info["success"] == (info["score"] == 1.0)
-            assert terminated or info["score"] == 0
-            scores[info["score"]] += terminated
-    assert any(0 < score < 1 for score in scores)
+            scores[terminated, info["score"]] += 1
+    assert {score for terminated, score in scores if not terminated} == {0.0}
+    assert any(0 < score < 1 for _, score in scores)
 
 
 @pytest.mark.filterwarnings("ignore:catalogue. left out")
 @pytest.mark.parametrize("human", [0, 1])
 def test_nothing_is_wanted_twice_in_whatever_words(human):
     """ "insulated, handmade mug" for training and "handmade, insulated mug" for testing are one goal."""
-    catalogue = Shop(ShopConfig(human_goals=human)).catalogue
-    wishes = Counter(
-        (catalogue.products[goal.asin].query, frozenset(goal.attributes), frozenset(goal.options))
-        for goal in catalogue.goals
-    )
-    assert set(wishes.values()) == {1}
+    shop = Shop(ShopConfig(human_goals=human)).catalogue
+    wishes = [(shop.products[g.asin].query, frozenset(g.attributes), frozenset(g.options)) for g in shop.goals]
+    assert len(set(wishes)) == len(wishes)
 
 
 def test_splits_are_disjoint_full_and_webshops(env):
@@ -421,10 +373,7 @@ def test_environments_share_the_catalogue():
         ({"max_steps": 0}, "goals and max_steps at least 1"),
         ({"human_goals": 2}, "human_goals must be 0 or 1, got 2"),
         ({"data": "a", "webshop_root": "b"}, "data and webshop_root exclude each other"),
-        (
-            {"webshop_root": "b", "products": 60},
-            "WebShop has search indexes for products = 0, 100, 1000, 100000, got 60",
-        ),
+        ({"webshop_root": "b", "products": 60}, "indexes for products = 0, 100, 1000, 100000, got 60"),
     ],
 )
 def test_bad_settings(settings, message):
