@@ -82,10 +82,7 @@ def test_search_results_are_lucenes():
         *((f"{mark}soap bar", ["soap", "bar"]) for mark in "\ufeff\u200e\u00ad"),
         ("us xs 6s technology geology visibly", ["us", "xs", "6s", "technolog", "geologi", "visibl"]),
         ("fairly generously", ["fairli", "gener"]),  # Porter's first stemmer, not his second
-        (
-            "Men\u2019s 3.5mm jack, 12,000 mAh; x-large 1/2",
-            ["men", "3.5mm", "jack", "12,000", "mah", "x", "larg", "1", "2"],
-        ),
+        ("Men\u2019s 3.5mm, 12,000 mAh; x-large 1/2", ["men", "3.5mm", "12,000", "mah", "x", "larg", "1", "2"]),
         ("it is not the s", ["s"]),
     ],
 )
@@ -199,7 +196,7 @@ def test_lone_surrogates_are_replaced(tmp_path):
     contents = json.loads(json.dumps(generate(12, 3, 0)).replace(" mug", " m\ud800g").replace('"red"', '"r\\udfffd"'))
     write_files(tmp_path, contents)
     products, goals = load_files(tmp_path)
-    for text in (repr(products), repr([goal for goal in goals])):
+    for text in (repr(products), repr(goals)):
         assert "m?g" in text
         assert "r?d" in text
         assert "\\ud" not in text

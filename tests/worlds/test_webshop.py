@@ -92,25 +92,28 @@ def checkout(tmp_path, monkeypatch):
     (folder / "web_agent_text_env.py").write_text(ENGINE)
     (tmp_path / "WebShop" / "rich.py").write_text(RICH)
     monkeypatch.setattr(sys, "path", [*sys.path])
-    monkeypatch.setattr(sys, "modules", {name: m for name, m in sys.modules.items() if name.split(".")[0] != "rich"})
+    for name in [name for name in sys.modules if name.split(".")[0] == "rich"]:
+        monkeypatch.delitem(sys.modules, name)
     yield tmp_path / "WebShop"
     webshop._load_engine.cache_clear()
+    for name in [name for name in sys.modules if name.split(".")[0] in ("rich", "web_agent_site")]:
+        del sys.modules[name]
 
 
 @pytest.fixture
 def make(checkout):
-    return lambda number=1, *settings: make_envs(
-        "webshop", [f"webshop_root={checkout}", "products=100", *settings], number
-    )
+    fixed = [f"webshop_root={checkout}", "products=100"]
+    return lambda number=1, *settings: make_envs("webshop", [*fixed, *settings], number)
 
 
 def play(env, split, seed):
     """The oracle's actions, and the answer to the last one."""
     env.reset(split, seed)
-    actions = []
-    while not actions or not (answer[2] or answer[3]):
+    actions, ended = [], False
+    while not ended:
         actions.append(env.oracle()[1])
         answer = env.step(actions[-1])
+        ended = answer[2] or answer[3]
     return actions, answer
 
 
@@ -123,9 +126,7 @@ def test_adapter_plays_a_checkout(make):
     assert type(first.server).built == 1
     assert [first.size(split) for split in SPLITS] == [6, 4, 2]
     draws = random.Random(233)  # as in the embedded shop
-    assert [goal["instruction_text"] for goal in first.goals] == [
-        f"task {i}, price {draws.random()}" for i in range(12)
-    ]
+    assert [g["instruction_text"] for g in first.goals] == [f"task {i}, price {draws.random()}" for i in range(12)]
     second.reset("train", 0)  # the same goal at the same time
     second.step("search[mug]"), second.step("click[b0]")
     for seed in (0, 1, 0, np.int64(1)):
