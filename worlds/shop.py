@@ -121,20 +121,20 @@ def parse_action(action: str) -> tuple[str, str]:
     >>> parse_action("search[Red mug]"), parse_action("buy it")
     (('search', 'red mug'), ('', ''))
     """
-    match = re.match(r"(.+)\[(.+)\]", action)  # WebShop's: with a further bracket inside it finds no verb
+    match = re.match(r"(.+)\[(.+)\]", action)  # WebShop's: all before the last "[" is the verb
     verb, argument = (match[1], match[2].lower()) if match else ("", "")
     refused = verb not in ("search", "click") or (verb == "search" and argument.split(" ")[0] in SHORTCUTS)
     return ("", "") if refused else (verb, argument)
 
 
 def does_something(action: str, clickables: list[str]) -> bool:
-    """Whether a page with these clickable values reacts to the action; a search is taken on any page."""
+    """Whether a page with these clickable values reacts to the action. Every page takes a search."""
     verb, value = parse_action(action)
     return verb == "search" or (verb == "click" and value != "search" and value in clickables)
 
 
 def offered(clickables: list[str], searches: Iterable[str]) -> list[str]:
-    """Actions that a page reacts to: the clicks, or with the search bar in sight these searches."""
+    """Actions that a page reacts to: its clicks, or these searches if it has the search bar."""
     if "search" in clickables:
         actions = [f"search[{search_text(words)}]" for words in searches]
     else:
@@ -148,8 +148,8 @@ def search_text(text: str) -> str:
 
 
 def _text_nodes(texts: Iterable[str]) -> list[str]:
-    """What is left of texts when WebShop has put them into a page and read them back."""
-    # An empty element has no text, and white space with a line break in it counts as layout.
+    """The texts as they are after WebShop has written them into HTML and parsed it again."""
+    # An empty text leaves an empty element. White space that contains a line break counts as layout.
     return [text.strip() for text in texts if text and (text.strip(" \n\t\f\r") or "\n" not in text)]
 
 

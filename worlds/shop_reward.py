@@ -2,7 +2,8 @@
 
     reward = type_factor * (attributes matched + options matched + [price <= limit]) / (attributes + options + 1)
 
-An attribute matches if the product's attributes or texts have it, an option if a chosen value is close to it.
+A wanted attribute matches if the product has a close one, or if it is in the product's texts. A wanted option matches
+if a chosen value is close to it. `alike` decides what is close.
 """
 
 import re
@@ -22,7 +23,7 @@ def title_words(title: str) -> list[str]:
     return [word.lower() for word in re.findall(r"[A-Za-z]\w*", title) if word.lower() not in NO_NOUNS]
 
 
-# An option that contains one of these is reduced to it, the first in this order: "black forest" to "black". WebShop's.
+# WebShop compares an option by its colour: "black forest" is black. The first of these that it contains counts.
 COLORS = """alabaster apricot aqua ash asphalt azure banana beige black blue blush bordeaux bronze brown burgundy camel
 camo caramel champagne charcoal cheetah chestnut chocolate christmas coffee cognac copper coral cranberry cream crystal
 dark denim eggplant elephant espresso fuchsia gold granite grape graphite grass gray green grey heather indigo ivory ivy

@@ -73,8 +73,7 @@ def oracle(env):
 
 # --------------------------------------------------------------------------------------------------------------- reward
 
-RED, BLUE = {"color": "dark red", "size": "small"}, {"color": "blue"}
-WANTED = ("dark red", "small")
+RED, WANTED = {"color": "dark red", "size": "small"}, ("dark red", "small")
 
 
 @pytest.mark.parametrize(
@@ -83,7 +82,7 @@ WANTED = ("dark red", "small")
         # 2 attributes, 2 options ("dark red" is dark, "red" is red: not the same), the price: 4 of 5
         ({}, goal(options=("red", "small")), RED, 4 / 5),
         ({}, goal(options=WANTED), RED, 1.0),
-        ({}, goal(options=WANTED), BLUE, 3 / 5),  # attributes and price
+        ({}, goal(options=WANTED), {"color": "blue"}, 3 / 5),  # attributes and price
         ({}, goal(options=WANTED), {}, 3 / 5),
         ({"price": 30.0}, goal(), {}, 1.0),  # the limit itself is allowed: 2 + 0 + 1 of 3
         ({"price": 30.1}, goal(), {}, 2 / 3),
