@@ -16,11 +16,12 @@ import re
 import warnings
 from argparse import ArgumentParser
 from collections import Counter
+from collections.abc import Iterable
 from dataclasses import dataclass
 from itertools import combinations, product
 from pathlib import Path
 
-# (products, attributes), tried in this order; the engine's own default is the smaller pair.
+# (products, attributes), tried in this order. The engine's default is the first pair.
 PRODUCT_FILES = (("items_shuffle_1000.json", "items_ins_v2_1000.json"), ("items_shuffle.json", "items_ins_v2.json"))
 HUMAN_FILE = "items_human_ins.json"
 
@@ -49,8 +50,8 @@ class Product:
 
     def document(self) -> str:
         """The text that is searched."""
-        options = ", and ".join(f"{name}: {', '.join(values)}" for name, values in self.options.items())
-        return " ".join([self.title, self.description, *self.bullets[:1], options]).lower()
+        options = ((name, ", ".join(values)) for name, values in self.options.items())
+        return " ".join([self.title, self.description, *self.bullets[:1], _listed(options)]).lower()
 
 
 @dataclass(frozen=True, slots=True)
@@ -64,13 +65,18 @@ class Goal:
     price_limit: float  # dollars
 
 
+def _listed(options: Iterable[tuple[str, str]]) -> str:
+    """The options as WebShop writes them: "color: red, and size: small"."""
+    return ", and ".join(f"{name}: {value}" for name, value in options)
+
+
 # ------------------------------------------------------------------------------------------------------ reading files
 
 
 def load_files(folder: str, *, limit: int = 0, human_goals: bool = True, seed: int = GOAL_ORDER_SEED):
-    """Products and goals of a folder. limit: number of products to read, 0 for all.  Other arguments as in `parse`.
+    """(products, goals) of a folder. The arguments are those of `parse`.
 
-    Raises ValueError that names the file (and the product) if it is missing or broken.
+    Raises ValueError if a file or an entry is missing or broken; the message names it.
     """
     pairs = [pair for pair in PRODUCT_FILES if (Path(folder) / pair[0]).is_file()]
     if not pairs:
@@ -216,8 +222,7 @@ def _template_goals(item: Product, entry: dict | None, rng: random.Random, left_
     names, goals = sorted(item.options), []
     for values in product(*(item.options[name] for name in names)):
         options = tuple(zip(names, values, strict=True))
-        chosen = ", and ".join(f"{name}: {value}" for name, value in options)
-        text = _text(entry["instruction"]) + (f" with {chosen}" if chosen else "") + words
+        text = _text(entry["instruction"]) + (f" with {_listed(options)}" if options else "") + words
         goals.append(Goal(item.asin, text, wanted, options, limit))
     return goals
 
@@ -228,7 +233,7 @@ COLOR = ("color", ("black", "white", "red", "blue", "green", "pink", "gray", "pu
 SIZE = ("size", ("small", "medium", "large"))
 SCENT = ("scent", ("vanilla", "citrus", "lavender", "coconut", "mint", "rose"))
 BRANDS = ("alder", "brisk", "corvo", "dunlin", "elmore", "fennick", "garrow", "halden")
-# kind -> category, category path, attributes, options. No two attributes are alike, so none stands for another.
+# kind -> category, category path, attributes, options. No two attributes are `alike`: none is taken for another.
 FASHION, HOME, SOUND, BEAUTY = (
     ("fashion", f"Clothing {PATH_MARK} Outdoor"), ("home", f"Home & Kitchen {PATH_MARK} Comfort"),
     ("electronics", f"Electronics {PATH_MARK} Audio"), ("beauty", f"Beauty {PATH_MARK} Bath"),
@@ -252,8 +257,8 @@ KINDS = {
 def generate(products: int, goals: int, seed: int) -> tuple[list, dict, dict]:
     """Contents of the three files for a made-up shop: `products` products, up to `goals` instructions for each.
 
-    No two ask for the same, in whatever order of words, so none can be for training and for testing at once; nor do two
-    of those from a template. Equal arguments give equal contents on every machine.
+    No two instructions ask for the same thing, even with the words in another order, so training and testing share no
+    task. The same holds for the instructions from a template. Equal arguments give equal contents on every machine.
     """
     rng, records, found, human = random.Random(f"shop/{seed}"), [], {}, {}
     asked, asked_by_template = set(), set()  # (kind, attributes, option values)
@@ -279,11 +284,11 @@ def generate(products: int, goals: int, seed: int) -> tuple[list, dict, dict]:
         rng.shuffle(wishes)
         human[asin] = []
         for wanted, values in wishes:
-            chosen = ", and ".join(f"{name}: {value}" for name, value in zip(options, values, strict=True))
-            text, wish = f"i need {', '.join(wanted)} {kind} with {chosen}", (kind, frozenset(wanted), values)
+            wish = (kind, frozenset(wanted), values)
             if wish in asked or len(human[asin]) == goals:
                 continue
             asked.add(wish)
+            text = f"i need {', '.join(wanted)} {kind} with {_listed(zip(options, values, strict=True))}"
             entry = {"instruction": text, "instruction_attributes": list(wanted), "instruction_options": list(values)}
             human[asin].append(entry)
     return records, found, human
@@ -292,7 +297,7 @@ def generate(products: int, goals: int, seed: int) -> tuple[list, dict, dict]:
 def _record(
     asin: str, kind: str, category: str, path: str, attributes: list, options: dict, rng: random.Random
 ) -> dict:
-    """One product in the published files' schema, without the fields that the engine throws away."""
+    """One product with the fields of the published files that the engine uses."""
     low = rng.randrange(10, 100)
     values = {name: [{"value": value, "image": None} for value in choice] for name, choice in options.items()}
     return {
@@ -310,7 +315,7 @@ def _record(
 
 
 def write_files(folder: str, contents: tuple[list, dict, dict]) -> None:
-    """Write what `generate` returns; `load_files` and the real engine read it."""
+    """Write the contents that `generate` returns. `load_files` and the real engine can read them."""
     Path(folder).mkdir(parents=True, exist_ok=True)
     for name, content in zip((*PRODUCT_FILES[0], HUMAN_FILE), contents, strict=True):
         (Path(folder) / name).write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
