@@ -57,8 +57,8 @@ def search_words(text: str) -> list[str]:
 def remembered_length(length: int) -> int:
     """What Lucene stores as the length of a text, in words: exact up to 39, then four significant bits above 24.
 
-    >>> [remembered_length(n) for n in (7, 39, 57, 1000)]
-    [7, 39, 56, 984]
+    >>> [remembered_length(n) for n in (7, 39, 63, 1000)]
+    [7, 39, 60, 984]
     """
     shift = max(0, (length - 24).bit_length() - 4) if length > 24 else 0
     return 24 + ((length - 24) >> shift << shift)
