@@ -68,7 +68,7 @@ class Index:
     """BM25 over texts, with Lucene's arithmetic.
 
     texts: (id, text) pairs.  words: splits a text or a query into the words to compare.
-    k1: weight of repeated words, 0 or more.  b: penalty for long texts, 0 to 1.  Both defaults are pyserini's.
+    k1: weight of repeated words, above 0.  b: penalty for long texts, 0 to 1.  Both defaults are pyserini's.
     """
 
     def __init__(
@@ -88,8 +88,8 @@ class Index:
             for word, times in Counter(found).items():
                 postings[word][0].append(number)
                 postings[word][1].append(times)
-        self._texts = max(1, np.count_nonzero(lengths))  # Lucene counts only texts that have a word
-        mean = np.float32(max(1, sum(lengths)) / self._texts)
+        self._filled = max(1, np.count_nonzero(lengths))  # Lucene counts only texts that have a word
+        mean = np.float32(max(1, sum(lengths)) / self._filled)
         remembered = np.array([remembered_length(length) for length in lengths], dtype=np.float32)
         k1, b = np.float32(k1), np.float32(b)
         self._damping = 1 / (k1 * ((1 - b) + b * remembered / mean))  # (N,) for N texts
@@ -102,7 +102,7 @@ class Index:
         for word, times in Counter(self._words(query)).items():
             if word in self._postings:
                 texts, counts = self._postings[word]
-                rarity = np.log(1 + (self._texts - len(texts) + 0.5) / (len(texts) + 0.5))
+                rarity = np.log(1 + (self._filled - len(texts) + 0.5) / (len(texts) + 0.5))
                 weight = np.float32(times) * np.float32(rarity)
                 total[texts] += weight - weight / (1 + counts.astype(np.float32) * self._damping[texts])
         scores = total.astype(np.float32)
