@@ -156,7 +156,8 @@ def _text_nodes(texts: Iterable[str]) -> list[str]:
 class Customer:
     """What `Shop` and the adapter to the real WebShop share: tasks, valid actions, reward, the step limit.
 
-    A subclass has goals (a list), terminated and score, and the methods reset, observation, clickables, _act, _info.
+    A subclass has goals (a list), task_type, steps, score and terminated, and the methods reset, observation,
+    clickables and _act.
     """
 
     instructions = INSTRUCTIONS
@@ -182,6 +183,9 @@ class Customer:
         truncated = not self.terminated and self.steps >= self.config.max_steps
         return self.observation(), reward, self.terminated, truncated, {"valid": valid, **self._info()}
 
+    def _info(self) -> dict:
+        return {"task_type": self.task_type, "success": self.score == 1.0, "score": self.score}
+
 
 class Shop(Customer):
     """The embedded shop: one customer and one task at a time."""
@@ -195,7 +199,7 @@ class Shop(Customer):
     def reset(self, split: str, seed: int) -> tuple[str, dict]:
         """Start task number `seed` of a split, 0 to size(split) - 1. Raises ValueError if there is no such task."""
         self.goal = self.goals[goal_number(len(self.goals), split, seed)]
-        self.steps, self.score = 0, 0.0
+        self.task_type, self.steps, self.score = self.catalogue.products[self.goal.asin].category, 0, 0.0
         self._fitting: dict[str, dict[str, str] | None] = {}  # the oracle's memory: what `_fit` returned
         self._words = ""  # and its search
         self._leave()
@@ -205,10 +209,6 @@ class Shop(Customer):
         """Go to the search page and forget everything."""
         self.page, self.results, self.number, self.asin, self.sub_page = "search", [], 1, "", ""
         self.chosen: dict[str, str] = {}  # option name -> value
-
-    def _info(self) -> dict:
-        category = self.catalogue.products[self.goal.asin].category
-        return {"task_type": category, "success": self.score == 1.0, "score": self.score}
 
     @property
     def terminated(self) -> bool:

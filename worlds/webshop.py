@@ -96,15 +96,13 @@ class WebShopAdapter(Customer):
         number = goal_number(len(self.goals), split, seed)
         self.server.user_sessions.pop(self.env.session, None)  # the last episode's, no longer needed
         self.goal, self.steps, self.score, self.terminated = self.goals[number], 0, 0.0, False
+        self.task_type = self.goal["category"]
         self.page, _ = self.env.reset(session=number)
-        return self.page, self._info()
-
-    def _info(self) -> dict:
-        return {"task_type": self.goal["category"], "success": self.score == 1.0, "score": self.score}
+        return self.observation(), self._info()
 
     def observation(self) -> str:
-        """The text of the page."""
-        return self.page
+        """The text of the page. A lone surrogate becomes "?", as in `Shop`: tokenizers refuse it."""
+        return self.page.encode(errors="replace").decode()
 
     def clickables(self) -> list[str]:
         """Values that can be clicked on this page; none after the purchase."""

@@ -1,6 +1,7 @@
 """The adapter to a WebShop checkout, on a stand-in for the checkout that has the traps of the real one."""
 
 import random
+import re
 import sys
 
 import numpy as np
@@ -46,7 +47,7 @@ class WebAgentTextEnv:
 
     @property
     def observation(self):
-        return f"{self.page} [SEP] {self.text}"
+        return f"{self.page} [SEP] {self.text} \\ud800"
 
     def get_available_actions(self):
         pages = {"search": ["search"], "results": ["back to search", "next >", "b0", "b1"], "done": [],
@@ -131,7 +132,7 @@ def test_adapter_plays_a_checkout(make):
     for seed in (0, 1, 0, np.int64(1)):
         actions, (last, *answer) = play(first, "train", seed)
         assert actions == ["search[tall red mug]", "click[B1]", "click[red]", "click[buy now]"]
-        assert last.startswith(f"done [SEP] task {6 + seed},")
+        assert re.fullmatch(rf"done \[SEP\] task {6 + seed}, price [0-9.]+ \?", last)  # no lone surrogate
         info = {"valid": True, "task_type": "home", "success": True, "score": 1.0}
         assert answer == [1.0, True, False, info]
         assert first.step("search[mug]") == (last, 0.0, True, False, info | {"valid": False})
