@@ -164,7 +164,8 @@ def test_a_pair_from_a_template_has_a_colour_only_if_its_value_is_one():
     [
         (["dark red", "small"], RED),
         ([("color", "dark red"), ("size", "small")], RED),
-        (["red"], {"color": "red"}),  # the very value goes before those that count as it
+        (["reddish"], {"color": "red"}),  # red is the colour in it
+        (["red wine"], {"color": "red wine"}),  # the very value goes before those that count as it
         (["green"], {}),
     ],
 )
