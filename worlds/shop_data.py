@@ -1,13 +1,13 @@
 """WebShop's product files: read as WebShop's own engine reads them, or written for a made-up catalogue.
 
-Three JSON files describe a shop: its products, the attributes that were found in their texts (with an instruction that
-was put together from a template), and the instructions that people wrote. `load_files` reads a folder of them: the
-published ones, or the output of
+Three JSON files describe a shop: its products, the attributes found in their texts (each product with an instruction
+from a template), and the instructions that people wrote. `load_files` reads a folder of them: the published ones, or
+the output of
 
     python -m worlds.shop_data --out DIR --products 500
 
-which writes a small shop of short titles and few options. All its names are invented; nothing in it is for sale.
-Price limits are drawn the way the engine draws them, from the same random numbers, so both know the same goals.
+which writes a made-up shop with short titles and few options. Prices and price limits are drawn from the same random
+numbers as in the engine, so both have the same goals.
 """
 
 import json
@@ -16,11 +16,12 @@ import re
 import warnings
 from argparse import ArgumentParser
 from collections import Counter
+from collections.abc import Iterable
 from dataclasses import dataclass
 from itertools import combinations, product
 from pathlib import Path
 
-# (products, attributes), tried in this order; the engine's own default is the smaller pair.
+# (products, attributes), tried in this order. The engine's default is the first pair.
 PRODUCT_FILES = (("items_shuffle_1000.json", "items_ins_v2_1000.json"), ("items_shuffle.json", "items_ins_v2.json"))
 HUMAN_FILE = "items_human_ins.json"
 
@@ -32,12 +33,12 @@ PATH_MARK = "\u203a"  # stands between categories
 
 @dataclass(frozen=True, slots=True)
 class Product:
-    """One product as the shop shows it and as the reward looks at it."""
+    """One product: what the shop shows and what the reward compares."""
 
     asin: str  # its id
     title: str
     category: str
-    query: str  # what was searched for when it was collected; close to the type of product
+    query: str  # the search that found it when the data was collected; close to the type of product
     path: str  # categories from wide to narrow, with PATH_MARK between them
     price: float  # dollars
     price_tag: str
@@ -45,16 +46,17 @@ class Product:
     bullets: tuple[str, ...]  # the features
     attributes: tuple[str, ...]
     options: dict[str, tuple[str, ...]]  # name -> values, all lower case
+    sold: bool = True  # False: in the search index, but not in the shop; see `parse`
 
     def document(self) -> str:
-        """The text that the search looks at."""
-        options = ", and ".join(f"{name}: {', '.join(values)}" for name, values in self.options.items())
-        return " ".join([self.title, self.description, *self.bullets[:1], options]).lower()
+        """The text that is searched."""
+        options = ((name, ", ".join(values)) for name, values in self.options.items())
+        return " ".join([self.title, self.description, *self.bullets[:1], _listed(options)]).lower()
 
 
 @dataclass(frozen=True, slots=True)
 class Goal:
-    """What is wanted: a product like this one, with these attributes and options, for no more than the limit."""
+    """What is wanted: this type of product, with these attributes and options, for no more than the limit."""
 
     asin: str
     instruction: str
@@ -63,13 +65,18 @@ class Goal:
     price_limit: float  # dollars
 
 
+def _listed(options: Iterable[tuple[str, str]]) -> str:
+    """The options as WebShop writes them: "color: red, and size: small"."""
+    return ", and ".join(f"{name}: {value}" for name, value in options)
+
+
 # ------------------------------------------------------------------------------------------------------ reading files
 
 
 def load_files(folder: str, *, limit: int = 0, human_goals: bool = True, seed: int = GOAL_ORDER_SEED):
-    """Products and goals of a folder. limit: number of products to read, 0 for all.  Other arguments as in `parse`.
+    """(products, goals) of a folder. The arguments are those of `parse`.
 
-    Raises ValueError that names the file (and the product) if it is missing or broken.
+    Raises ValueError if a file or an entry is missing or broken; the message names it.
     """
     pairs = [pair for pair in PRODUCT_FILES if (Path(folder) / pair[0]).is_file()]
     if not pairs:
@@ -82,8 +89,7 @@ def load_files(folder: str, *, limit: int = 0, human_goals: bool = True, seed: i
     for name, content, kind in zip(names, (records, attributes, human), (list, dict, dict), strict=True):
         if not isinstance(content, kind):
             raise ValueError(f"{folder}/{name} must hold a JSON {'array' if kind is list else 'object'}")
-    records = records[:limit] if limit else records
-    return parse(records, attributes, human, human_goals=human_goals, seed=seed, source=folder)
+    return parse(records, attributes, human, limit=limit, human_goals=human_goals, seed=seed, source=folder)
 
 
 def _read_json(path: Path):
@@ -93,34 +99,48 @@ def _read_json(path: Path):
         raise ValueError(f"cannot read {path}: {error}") from error
 
 
-def parse(records: list, attributes: dict, human: dict, *, human_goals=True, seed=GOAL_ORDER_SEED, source="catalogue"):
+def parse(
+    records: list,
+    attributes: dict,
+    human: dict,
+    *,
+    limit: int = 0,
+    human_goals: bool = True,
+    seed: int = GOAL_ORDER_SEED,
+    source: str = "catalogue",
+) -> tuple[list[Product], list[Goal]]:
     """(products, goals) of the contents of the three files.
 
-    human_goals: the instructions that people wrote, else the ones from a template, one for every choice of options.
+    limit: the engine sells the first `limit` records and indexes the first `limit` different ids. If ids are repeated,
+    the index has more products than the shop: these have sold=False and no goals. 0: sell all records.
+    human_goals: the instructions that people wrote, else those from a template, one for every choice of options.
     seed: of the prices of products with a price range, and of the price limits.
     What the engine leaves out is left out here, with a warning that counts it. Raises ValueError naming a broken entry.
     """
     rng, left_out = random.Random(seed), Counter()
     products: dict[str, Product] = {}
     for number, record in enumerate(records):
+        sold = not limit or number < limit
+        if not sold and len(products) == limit:
+            break
         try:
             asin = record["asin"]
             if asin == "nan" or len(asin) > 10 or asin in products:
-                left_out["products with a bad or repeated id"] += 1
+                left_out["products with a bad or repeated id"] += sold
                 continue
-            products[asin] = _product(record, attributes.get(asin, {}), rng)
+            products[asin] = _product(record, attributes.get(asin, {}), rng if sold else random.Random(0), sold)
         except (ArithmeticError, AttributeError, LookupError, TypeError, ValueError) as error:
             name = record.get("asin") if isinstance(record, dict) else None
             raise ValueError(f"{source}: product number {number} ({name}) is broken: {error!r}") from error
     instructions = human if human_goals else attributes
-    goals = []
-    for asin in products:
+    make, goals = _human_goals if human_goals else _template_goals, []
+    for asin, item in products.items():
         try:
-            make = _human_goals if human_goals else _template_goals
-            goals += make(products[asin], instructions.get(asin), rng, left_out)
+            goals += make(item, instructions.get(asin), rng, left_out) if item.sold else []
         except (AttributeError, LookupError, TypeError, ValueError) as error:
             raise ValueError(f"{source}: the instructions of product {asin} are broken: {error!r}") from error
-    left_out["products of the instructions, not in the shop"] = sum(asin not in products for asin in instructions)
+    unknown = sum(asin not in products or not products[asin].sold for asin in instructions)
+    left_out["products of the instructions, not in the shop"] = unknown
     if any(left_out.values()):
         warnings.warn(
             f"{source}: left out {', '.join(f'{n} {what}' for what, n in left_out.items() if n)}", stacklevel=2
@@ -129,48 +149,54 @@ def parse(records: list, attributes: dict, human: dict, *, human_goals=True, see
     return list(products.values()), goals
 
 
-def _product(record: dict, found: dict, rng: random.Random) -> Product:
+def _product(record: dict, found: dict, rng: random.Random, sold: bool) -> Product:
     bullets = record["small_description"]
     prices = [float(re.sub(r"[^\d.]", "", part)) for part in (record.get("pricing") or "$100").split("$")[1:]][:2]
     options = {}
     for name, values in (record["customization_options"] or {}).items():
         if values is not None:
-            # A slash would end the page's address, so the engine writes a bar.
-            options[name.lower()] = tuple(value["value"].strip().replace("/", " | ").lower() for value in values)
-    texts = [record[key] for key in ("name", "category", "query", "product_category", "full_description")]
-    bullets = tuple(bullets if isinstance(bullets, list) else [bullets])
-    if not all(isinstance(text, str) for text in (*texts, *bullets)):
-        raise TypeError("a text is missing")
-    title, category, query, path, description = texts
+            # The engine replaces slashes because a value is part of the page's address.
+            options[_text(name).lower()] = tuple(
+                _text(value["value"]).strip().replace("/", " | ").lower() for value in values
+            )
     return Product(
-        asin=record["asin"],
-        title=title,
-        category=category,
-        query=query.lower().strip(),
-        path=path,
+        asin=_text(record["asin"]),
+        title=_text(record["name"]),
+        category=_text(record["category"]),
+        query=_text(record["query"]).lower().strip(),
+        path=_text(record["product_category"]),
         price=rng.uniform(*prices) if len(prices) > 1 else prices[0],
         price_tag=" to ".join(f"${price}" for price in prices),
-        description=description,
-        bullets=bullets,
+        description=_text(record["full_description"]),
+        bullets=_texts(bullets if isinstance(bullets, list) else [bullets]),
         attributes=_texts(found.get("attributes", ["DUMMY_ATTR"])),
         options=options,
+        sold=sold,
     )
 
 
+def _text(value: object) -> str:
+    """A text that every tokenizer takes: JSON allows a lone surrogate, which becomes "?". Raises TypeError if it is no
+    text."""
+    if not isinstance(value, str):
+        raise TypeError(f"{value!r} is not a text")
+    return value.encode(errors="replace").decode()
+
+
+def _texts(values: object) -> tuple[str, ...]:
+    """A list of texts. Raises TypeError for anything else: a single text would count as a list of its letters."""
+    if not isinstance(values, list):
+        raise TypeError(f"{values!r} is not a list of texts")
+    return tuple(map(_text, values))
+
+
 def _price_limit(price: float, rng: random.Random) -> tuple[float, str]:
-    """A round limit not far above the price, and the words for it; none for the dearest products."""
+    """A round limit not far above the price, and the words for it. The dearest products have no limit."""
     limits = [limit for limit in PRICE_LIMITS if limit > price][:4]
     if len(limits) < 2:
         return NO_LIMIT, ""
     limit = max(rng.sample(limits, 2))
     return limit, f", and price lower than {limit:.2f} dollars"
-
-
-def _texts(values: object) -> tuple[str, ...]:
-    """A list of texts. Raises TypeError for anything else: a lone text would count as a list of its letters."""
-    if not isinstance(values, list) or not all(isinstance(value, str) for value in values):
-        raise TypeError(f"{values!r} is not a list of texts")
-    return tuple(values)
 
 
 def _human_goals(item: Product, entries: list | None, rng: random.Random, left_out: Counter) -> list[Goal]:
@@ -181,7 +207,7 @@ def _human_goals(item: Product, entries: list | None, rng: random.Random, left_o
             left_out["instructions without an attribute"] += 1
             continue
         limit, words = _price_limit(item.price, rng)
-        goals.append(Goal(item.asin, entry["instruction"].strip(".") + words, wanted, options, limit))
+        goals.append(Goal(item.asin, _text(entry["instruction"]).strip(".") + words, wanted, options, limit))
     return goals
 
 
@@ -196,8 +222,7 @@ def _template_goals(item: Product, entry: dict | None, rng: random.Random, left_
     names, goals = sorted(item.options), []
     for values in product(*(item.options[name] for name in names)):
         options = tuple(zip(names, values, strict=True))
-        chosen = ", and ".join(f"{name}: {value}" for name, value in options)
-        text = entry["instruction"] + (f" with {chosen}" if chosen else "") + words
+        text = _text(entry["instruction"]) + (f" with {_listed(options)}" if options else "") + words
         goals.append(Goal(item.asin, text, wanted, options, limit))
     return goals
 
@@ -208,7 +233,7 @@ COLOR = ("color", ("black", "white", "red", "blue", "green", "pink", "gray", "pu
 SIZE = ("size", ("small", "medium", "large"))
 SCENT = ("scent", ("vanilla", "citrus", "lavender", "coconut", "mint", "rose"))
 BRANDS = ("alder", "brisk", "corvo", "dunlin", "elmore", "fennick", "garrow", "halden")
-# kind -> category, category path, attributes, options. No two attributes are alike, so none stands for another.
+# kind -> category, category path, attributes, options. No two attributes are `alike`: none is taken for another.
 FASHION, HOME, SOUND, BEAUTY = (
     ("fashion", f"Clothing {PATH_MARK} Outdoor"), ("home", f"Home & Kitchen {PATH_MARK} Comfort"),
     ("electronics", f"Electronics {PATH_MARK} Audio"), ("beauty", f"Beauty {PATH_MARK} Bath"),
@@ -232,8 +257,8 @@ KINDS = {
 def generate(products: int, goals: int, seed: int) -> tuple[list, dict, dict]:
     """Contents of the three files for a made-up shop: `products` products, up to `goals` instructions for each.
 
-    No two ask for the same, in whatever order of words, so none can be for training and for testing at once; nor do two
-    of those from a template. Equal arguments give equal contents on every machine.
+    No two instructions ask for the same thing, even with the words in another order, so training and testing share no
+    task. The same holds for the instructions from a template. Equal arguments give equal contents on every machine.
     """
     rng, records, found, human = random.Random(f"shop/{seed}"), [], {}, {}
     asked, asked_by_template = set(), set()  # (kind, attributes, option values)
@@ -259,11 +284,11 @@ def generate(products: int, goals: int, seed: int) -> tuple[list, dict, dict]:
         rng.shuffle(wishes)
         human[asin] = []
         for wanted, values in wishes:
-            chosen = ", and ".join(f"{name}: {value}" for name, value in zip(options, values, strict=True))
-            text, wish = f"i need {', '.join(wanted)} {kind} with {chosen}", (kind, frozenset(wanted), values)
+            wish = (kind, frozenset(wanted), values)
             if wish in asked or len(human[asin]) == goals:
                 continue
             asked.add(wish)
+            text = f"i need {', '.join(wanted)} {kind} with {_listed(zip(options, values, strict=True))}"
             entry = {"instruction": text, "instruction_attributes": list(wanted), "instruction_options": list(values)}
             human[asin].append(entry)
     return records, found, human
@@ -272,7 +297,7 @@ def generate(products: int, goals: int, seed: int) -> tuple[list, dict, dict]:
 def _record(
     asin: str, kind: str, category: str, path: str, attributes: list, options: dict, rng: random.Random
 ) -> dict:
-    """One product in the published files' schema, without the fields that the engine throws away."""
+    """One product with the fields of the published files that the engine uses."""
     low = rng.randrange(10, 100)
     values = {name: [{"value": value, "image": None} for value in choice] for name, choice in options.items()}
     return {
@@ -290,7 +315,7 @@ def _record(
 
 
 def write_files(folder: str, contents: tuple[list, dict, dict]) -> None:
-    """Write what `generate` returns; `load_files` and the real engine read it."""
+    """Write the contents that `generate` returns. `load_files` and the real engine can read them."""
     Path(folder).mkdir(parents=True, exist_ok=True)
     for name, content in zip((*PRODUCT_FILES[0], HUMAN_FILE), contents, strict=True):
         (Path(folder) / name).write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")

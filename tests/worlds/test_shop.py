@@ -1,4 +1,4 @@
-"""The shop: WebShop's reward by hand and by another algorithm, its pages, the contract of every environment."""
+"""The shop: WebShop's reward by hand and by another algorithm, its pages, its tasks, its oracle."""
 
 import dataclasses
 import random
@@ -9,29 +9,27 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from envs import ENVIRONMENTS, make_envs, random_player
-from worlds import shop
-from worlds.shop import SEP, SPLITS, Catalogue, Shop, ShopConfig, choose_options, load_catalogue, split_range
+from envs import make_envs, random_player
+from worlds import shop_reward
+from worlds.shop import SEP, SPLITS, Catalogue, Shop, ShopConfig, split_range
 from worlds.shop_data import Goal, Product
+from worlds.shop_reward import alike, choose_options, option_core
+
+BLANKET = Product(
+    *("B1", "acme soft warm blanket", "home", "blanket", "Home \u203a Bedding \u203a Blanket", 20.0, "$20.0"),
+    description="A nice thing.",
+    bullets=("machine washable",),
+    attributes=("soft", "warm"),
+    options={"color": ("dark red", "blue"), "size": ("small", "large")},
+)
+LAMP = {"asin": "B2", "title": "tall lamp", "query": "lamp", "path": "Home \u203a Light"}
 
 
-def product(asin="B1", **changes):
-    values = {
-        "title": "acme soft warm blanket",
-        "category": "home",
-        "query": "blanket",
-        "path": "Home \u203a Bedding \u203a Blanket",
-        "price": 20.0,
-        "price_tag": "$20.0",
-        "description": "A nice thing.",
-        "bullets": ("machine washable",),
-        "attributes": ("soft", "warm"),
-        "options": {"color": ("dark red", "blue"), "size": ("small", "large")},
-    }
-    return Product(asin, **{**values, **changes})
+def product(**changes):
+    return dataclasses.replace(BLANKET, **changes)
 
 
-def goal(asin="B1", attributes=("soft", "warm"), options=("red", "small"), price_limit=30.0):
+def goal(attributes=("soft", "warm"), options=(), price_limit=30.0, asin="B1"):
     return Goal(asin, "i need it", attributes, options, price_limit)
 
 
@@ -40,13 +38,27 @@ def env():
     return Shop()
 
 
+def shop_with(*products):
+    """A shop that sells these, at the start of one of its six equal tasks."""
+    env = Shop(catalogue=Catalogue(list(products), [goal()] * 6))
+    env.reset("train", 0)
+    return env
+
+
+def act(env, *actions):
+    """The observation after these actions, all of which must be valid."""
+    for action in actions:
+        observation, *_, info = env.step(action)
+        assert info["valid"], action
+    return observation
+
+
 def play(env, split, seed, choose):
-    """Transcript of an episode; choose maps the environment to an action."""
-    observation, info = env.reset(split, seed)
-    steps = [(None, observation, 0.0, False, False, info)]
-    while not (steps[-1][3] or steps[-1][4]):
-        action = choose(env)
-        steps.append((action, *env.step(action)))
+    """(observation, reward, terminated, truncated, info) of each step; choose maps the environment to an action."""
+    env.reset(split, seed)
+    steps = []
+    while not steps or not (steps[-1][2] or steps[-1][3]):
+        steps.append(env.step(choose(env)))
     return steps
 
 
@@ -55,31 +67,34 @@ def whim(seed):
     return lambda env: random_player(env, [], rng)[1]
 
 
+def oracle(env):
+    return env.oracle()[1]
+
+
 # --------------------------------------------------------------------------------------------------------------- reward
+
+RED, WANTED = {"color": "dark red", "size": "small"}, ("dark red", "small")
 
 
 @pytest.mark.parametrize(
-    ("bought", "wanted", "chosen", "score"),
+    ("changes", "wanted", "chosen", "score"),
     [
         # 2 attributes, 2 options ("dark red" is dark, "red" is red: not the same), the price: 4 of 5
-        (product(), goal(), {"color": "dark red", "size": "small"}, 4 / 5),
-        (product(), goal(options=("dark red", "small")), {"color": "dark red", "size": "small"}, 1.0),
-        (product(), goal(options=("dark red", "small")), {"color": "blue"}, 3 / 5),  # attributes and price
-        (product(), goal(options=("dark red", "small")), {}, 3 / 5),
-        (product(price=30.0), goal(options=()), {}, 1.0),  # the limit itself is allowed: 2 + 0 + 1 of 3
-        (product(price=30.1), goal(options=()), {}, 2 / 3),
-        (product(), goal(attributes=("washable", "warm"), options=()), {}, 1.0),  # it is in the features
-        (product(), goal(attributes=("heated", "warm"), options=()), {}, 2 / 3),
-        (product(), goal(attributes=("nice", "acme"), options=()), {}, 1.0),  # in description, in title
-        # another type of product: no word of the title is the same
-        (product("B2", title="tall lamp", query="lamp", path="Home \u203a Light"), goal(options=()), {}, 0.0),
-        # one of four words (0.25 > 0.2) makes it the same type, whatever the rest
-        (product("B2", title="soft towel", query="towel", path="Bath"), goal(options=()), {}, 1.0),
+        ({}, goal(options=("red", "small")), RED, 4 / 5),
+        ({}, goal(options=WANTED), RED, 1.0),
+        ({}, goal(options=WANTED), {"color": "blue"}, 3 / 5),  # attributes and price
+        ({}, goal(options=WANTED), {}, 3 / 5),
+        ({"price": 30.0}, goal(), {}, 1.0),  # the limit itself is allowed: 2 + 0 + 1 of 3
+        ({"price": 30.1}, goal(), {}, 2 / 3),
+        ({}, goal(("washable", "warm")), {}, 1.0),  # it is in the features
+        ({}, goal(("heated", "warm")), {}, 2 / 3),
+        ({}, goal(("nice", "acme")), {}, 1.0),  # in description, in title
+        (LAMP, goal(), {}, 0.0),  # another type of product: no word of the title is the same
+        (LAMP | {"title": "soft towel"}, goal(), {}, 1.0),  # one of four words is the same: 0.25 > 0.2
     ],
 )
-def test_reward_by_hand(bought, wanted, chosen, score):
-    catalogue = Catalogue([product(), *([bought] if bought.asin != "B1" else [])], [wanted])
-    assert catalogue.score(bought, wanted, chosen) == pytest.approx(score)
+def test_reward_by_hand(changes, wanted, chosen, score):
+    assert Catalogue([BLANKET], [wanted]).score(product(**changes), wanted, chosen) == pytest.approx(score)
 
 
 @pytest.mark.parametrize(
@@ -89,100 +104,74 @@ def test_type_factor(shared, query, factor):
     """The target has 20 words: 1 shared is 0.05 < 0.1, 2 are 0.1, 5 are 0.25 > 0.2. Two shared categories do, too."""
     words = [f"word{chr(97 + i)}" for i in range(20)]
     target = product(title=" ".join(words))
-    other = product("B2", title=" ".join(["other", *words[:shared]]), query=query, path="Home \u203a Light")
-    catalogue = Catalogue([target, other], [goal()])
-    assert catalogue.score(other, goal(options=()), {}) == factor  # 3 of 3 points
+    other = product(**LAMP | {"title": " ".join(["other", *words[:shared]]), "query": query})
+    assert shop_reward.type_factor(other, target) == factor
     near = dataclasses.replace(other, path="Bedding \u203a Home \u203a Light")
-    assert catalogue.score(near, goal(options=()), {}) == max(factor, (factor == 0.5) * 1.0)
+    assert shop_reward.type_factor(near, target) == (1.0 if factor == 0.5 else factor)
 
 
-def slow_score(item, target, wanted, chosen):
-    """WebShop's reward once more, written from its description with sets of words instead of rapidfuzz."""
+def slow_alike(a, b):
+    """The token set ratio from its description, with sets of words and a table of common subsequences."""
 
-    def indel(a, b):  # 200 * longest common subsequence / sum of lengths
+    def ratio(a, b):  # 200 * longest common subsequence / sum of lengths
         row = [0] * (len(b) + 1)
         for x in a:
             new = [0]
             for j, y in enumerate(b):
                 new.append(row[j] + 1 if x == y else max(new[j], row[j + 1]))
             row = new
-        return 200 * row[-1] / (len(a) + len(b)) if a or b else 100
+        return 200 * row[-1] / (len(a) + len(b))
 
-    def close(a, b):
-        a, b = (set(re.sub(r"[^a-z0-9]", " ", text.lower()).split()) for text in (a, b))
-        if not a or not b:
-            return False
-        both, only_a, only_b = (" ".join(sorted(words)) for words in (a & b, a - b, b - a))
-        if both and (not only_a or not only_b):
-            return True
-        with_a, with_b = f"{both} {only_a}".strip(), f"{both} {only_b}".strip()
-        ratios = [indel(with_a, with_b)] + ([indel(both, with_a), indel(both, with_b)] if both else [])
-        return round(max(ratios)) > 85
-
-    def color(text):
-        return next((c for c in shop.COLORS if text.find(c) >= 0), text)
-
-    points = 0
-    for attribute in wanted.attributes:
-        in_text = [attribute in text.lower() for text in (item.title, " ".join(item.bullets), item.description)]
-        points += 1 if True in in_text or [a for a in item.attributes if close(a, attribute)] else 0
-    for option in wanted.options:
-        points += 1 if [v for v in chosen.values() if close(color(v), color(option))] else 0
-    points += 0 if item.price > wanted.price_limit else 1
-    total = len(wanted.attributes) + len(wanted.options) + 1
-    words = [w for w in re.split(r"[^A-Za-z0-9]+", target.title.lower()) if w and w not in shop.NO_NOUNS]
-    same = sum(1 for w in set(words) if w in item.title.lower().split()) / len(words)
-    kinds = set(item.path.split(" \u203a ")) & set(target.path.split(" \u203a "))
-    if same == 0:
-        return 0.0
-    right = item.query == target.query or len(kinds) > 1 or same > 0.2
-    return points / total * (0.1 if same < 0.1 else 1.0 if right else 0.5)
+    a, b = (set(re.sub(r"[^a-z0-9_]", " ", text.lower()).split()) for text in (a, b))
+    both, only_a, only_b = (" ".join(sorted(words)) for words in (a & b, a - b, b - a))
+    if not a or not b or (both and not (only_a and only_b)):
+        return bool(both)
+    with_a, with_b = f"{both} {only_a}".strip(), f"{both} {only_b}".strip()
+    return round(max([ratio(with_a, with_b), *(ratio(both, text) for text in (with_a, with_b) if both)])) > 85
 
 
-def test_reward_against_another_algorithm(env):
-    rng, scores = random.Random(0), Counter()
-    items = list(env.catalogue.products.values())
-    for _ in range(400):
-        wanted = rng.choice(env.catalogue.goals)
-        target = env.catalogue.products[wanted.asin]
-        item = rng.choice([target, rng.choice([i for i in items if i.query == target.query]), rng.choice(items)])
-        chosen = {name: rng.choice(values) for name, values in item.options.items() if rng.random() < 0.8}
-        score = env.catalogue.score(item, wanted, chosen)
-        assert score == pytest.approx(slow_score(item, target, wanted, chosen))
-        scores[score] += 1
-    assert len(scores) > 6  # not all the same
+WORDS = st.lists(st.sampled_from(["Red,", "red", "dark-red", "W_red", "small", "smal", "smalls", "2)", "2pack"]))
 
 
-@given(st.text(max_size=12), st.text(max_size=12))
-@settings(derandomize=True, deadline=None)
-def test_alike_is_symmetric_and_reflexive(a, b):
-    assert shop.alike(a, b) == shop.alike(b, a)
-    assert shop.alike(a, a) == bool(shop._plain(a))
+@given(WORDS.map(" ".join), WORDS.map(" ".join))
+@settings(derandomize=True, deadline=None, max_examples=400)
+def test_alike_against_another_algorithm(a, b):
+    assert alike(a, b) == alike(b, a) == slow_alike(a, b)
 
 
-def test_alike_is_thefuzz():
-    """Letters like e-acute are dropped before the comparison, as thefuzz does, letters beyond Latin-1 are not; and the
-    ratio is rounded before it is compared: 2 * 53 / 124 = 85.48 becomes 85, which is not above 85."""
-    assert shop.alike("na\u00efvet\u00e9", "navt")
-    assert not shop.alike("\u0142", "l")
-    assert not shop.alike("a" * 53 + "b" * 9, "a" * 53 + "c" * 9)
-    assert shop.alike("a" * 54 + "b" * 8, "a" * 54 + "c" * 8)  # 87.1
+@pytest.mark.parametrize(
+    ("a", "b", "expected"),
+    [
+        ("na\u00efvet\u00e9", "navt", True),  # Latin-1 beyond ASCII is dropped
+        ("\u0142", "l", False),  # other letters are not
+        ("w-large", "large", True),
+        ("w_large", "large", False),  # an underscore belongs to the word: 2 * 5 / 12 = 83
+        ("a" * 53 + "b" * 9, "a" * 53 + "c" * 9, False),  # 2 * 53 / 124 = 85.48 is rounded to 85, which is not above 85
+        ("a" * 54 + "b" * 8, "a" * 54 + "c" * 8, True),  # 87.1
+    ],
+)
+def test_alike_is_thefuzz(a, b, expected):
+    assert alike(a, b) == expected
 
 
-def test_options_from_a_template_are_pairs():
-    """("color", "blue") is blue, a colour on its own; ("color", "dark red") is compared word by word."""
-    assert shop.option_core(("color", "blue")) == "blue"
-    assert shop.option_core(("color", "dark red")) == ("color", "dark red")
-    assert choose_options(product().options, [("color", "dark red"), ("size", "large")]) == {
-        "color": "dark red",
-        "size": "large",
-    }
+def test_a_pair_from_a_template_has_a_colour_only_if_its_value_is_one():
+    cores = [option_core(option) for option in ("dark red", ("color", "blue"), ("color", "dark red"))]
+    assert cores == ["dark", "blue", ("color", "dark red")]
 
 
-def test_choose_options_prefers_the_very_value():
-    options = {"color": ("red wine", "red", "blue"), "size": ("x-small", "small")}
-    assert choose_options(options, ["red", "small"]) == {"color": "red", "size": "small"}
-    assert choose_options(options, ["green"]) == {}
+@pytest.mark.parametrize(
+    ("wanted", "chosen"),
+    [
+        (["dark red", "small"], RED),
+        ([("color", "dark red"), ("size", "small")], RED),
+        (["reddish"], {"color": "red"}),  # red is the colour in it
+        (["red wine"], {"color": "red wine"}),  # the very value goes before those that count as it
+        (["green"], {}),
+    ],
+)
+def test_choose_options(wanted, chosen):
+    options = {"color": ("red wine", "red", "blue", "dark red"), "size": ("x-small", "small")}
+    assert choose_options(options, wanted) == chosen
 
 
 # ---------------------------------------------------------------------------------------------------------------- pages
@@ -190,9 +179,9 @@ def test_choose_options_prefers_the_very_value():
 
 @pytest.fixture
 def small():
-    """A shop with 12 blankets, each worth 20 dollars and more, and a goal that the first one fulfils."""
-    products = [product(f"B{i:02d}", price=20.0 + i, price_tag=f"${20.0 + i}") for i in range(12)]
-    wanted = goal("B00", options=("dark red", "small"), price_limit=20.0)
+    """A shop with 12 blankets, each worth 20 dollars and more, and goals that the first one fulfils."""
+    products = [product(asin=f"B{i:02d}", price=20.0 + i, price_tag=f"${20.0 + i}") for i in range(12)]
+    wanted = goal(asin="B00", options=WANTED, price_limit=20.0)
     return Shop(catalogue=Catalogue(products, [dataclasses.replace(wanted, instruction=f"task {i}") for i in range(6)]))
 
 
@@ -203,31 +192,27 @@ def test_pages(small):
     assert small.clickables() == ["search"]
     head = "Instruction: [SEP] task 0 [SEP] Back to Search [SEP] "
 
-    def act(action):
-        observation, reward, terminated, truncated, info = small.step(action)
-        assert (reward, terminated, truncated, info["valid"]) == (0.0, False, False, True)
-        return observation.removeprefix(head)
+    def page(*actions):
+        return act(small, *actions).removeprefix(head)
 
     items = [f"B{i:02d} [SEP] acme soft warm blanket [SEP] ${20.0 + i}" for i in range(12)]
-    assert act("search[soft blanket]") == SEP.join(["Page 1 (Total results: 12)", "Next >", *items[:10]])
+    assert page("search[soft blanket]") == SEP.join(["Page 1 (Total results: 12)", "Next >", *items[:10]])
     assert small.clickables() == ["back to search", "next >", *(f"b{i:02d}" for i in range(10))]
-    assert act("click[Next >]") == SEP.join(["Page 2 (Total results: 12)", "< Prev", "Next >", *items[10:]])
-    assert act("click[next >]") == "Page 3 (Total results: 12) [SEP] < Prev [SEP] Next >"
-    act("click[< prev]"), act("click[< prev]")
+    assert page("click[Next >]") == SEP.join(["Page 2 (Total results: 12)", "< Prev", "Next >", *items[10:]])
+    assert page("click[next >]") == "Page 3 (Total results: 12) [SEP] < Prev [SEP] Next >"
     options = ["color", "dark red", "blue", "size", "small", "large"]
     texts = ["acme soft warm blanket", "Price: $20.0", "Rating: N.A.", "Description", "Features", "Reviews", "Buy Now"]
     item = SEP.join(["< Prev", *options, *texts])
-    assert act("click[b00]") == item
+    assert page("click[< prev]", "click[< prev]", "click[b00]") == item
     links = ["back to search", "< prev", "description", "features", "reviews", "buy now"]
     assert small.clickables() == [*links, "dark red", "blue", "small", "large"]
-    assert act("click[dark red]") == item
-    assert act("click[description]") == "< Prev [SEP] A nice thing."
+    assert page("click[dark red]") == item
+    assert page("click[description]") == "< Prev [SEP] A nice thing."
     assert small.clickables() == ["back to search", "< prev"]
-    assert act("click[< prev]") == item
-    assert act("click[features]") == "< Prev [SEP] machine washable"
-    act("click[< prev]")
-    assert act("click[reviews]") == "< Prev"
-    act("click[< prev]"), act("click[small]")
+    assert page("click[< prev]") == item
+    assert page("click[features]") == "< Prev [SEP] machine washable"
+    assert page("click[< prev]", "click[reviews]") == "< Prev"
+    page("click[< prev]", "click[small]")
     small.steps = 0
     last, reward, terminated, truncated, info = small.step("click[buy now]")  # the colour has survived the sub-pages
     assert (reward, terminated, truncated) == (1.0, True, False)
@@ -245,23 +230,27 @@ def test_pages(small):
     assert (observation, reward, terminated, truncated, info["valid"]) == (last, 0.0, True, False, False)
 
 
-def test_going_back_forgets_the_options(small):
-    small.reset("test", 0)
-    for action in ("search[blanket]", "click[b00]", "click[blue]", "click[< prev]", "click[b00]"):
-        small.step(action)
-    assert small.chosen == {}
-    small.step("click[blue]"), small.step("click[dark red]")
-    assert small.chosen == {"color": "dark red"}  # the last click on an axis counts
-
-
-def test_a_value_of_two_options_belongs_to_the_later_one():
-    twins = product("B1", options={"lid": ("black", "white"), "cup": ("white", "red")})
-    env = Shop(catalogue=Catalogue([twins], [goal("B1")] * 6))
-    env.reset("train", 0)
-    for action in ("search[blanket]", "click[b1]", "click[white]", "click[black]"):
-        env.step(action)
+def test_the_last_choice_counts():
+    """Of two options with the same value, the later one gets it. Going back forgets all choices."""
+    env = shop_with(product(options={"lid": ("black", "white"), "cup": ("white", "red")}))
+    act(env, "search[blanket]", "click[b1]", "click[red]", "click[white]", "click[black]")
     assert env.chosen == {"cup": "white", "lid": "black"}
     assert env.clickables()[-3:] == ["black", "white", "red"]
+    act(env, "click[< prev]", "click[b1]")
+    assert env.chosen == {}
+
+
+def test_an_option_with_the_name_of_a_button_is_the_button():
+    """As in WebShop, which also has a page of attributes that no button leads to."""
+    env = shop_with(product(options={"show": ("attributes", "features", "next >", "search")}))
+    item = act(env, "search[blanket search_results item_page]", "click[b1]")  # names of pages, which mislead WebShop
+    page = "< Prev [SEP] soft [SEP] warm [SEP] home [SEP] blanket [SEP] Home \u203a Bedding \u203a Blanket"
+    assert act(env, "click[attributes]").endswith(f"Back to Search [SEP] {page}")
+    assert act(env, "click[< prev]", "click[features]").endswith("< Prev [SEP] machine washable")
+    assert act(env, "click[< prev]", "click[next >]") == item
+    assert env.chosen == {"show": "next >"}
+    assert not env.step("click[search]")[-1]["valid"]
+    assert "Page 1 (Total results: 1)" in act(env, "click[< prev]")
 
 
 @pytest.mark.parametrize(
@@ -278,125 +267,74 @@ def test_invalid_actions_change_nothing(small, action):
 def test_a_search_may_find_nothing(small):
     small.reset("test", 0)
     for words in (" ", "the", "zebra", "<|im_end|>"):
-        observation, _, _, _, info = small.step(f"search[{words}]")
-        assert info["valid"]
-        assert observation.endswith("Page 1 (Total results: 0) [SEP] Next >")
+        assert act(small, f"search[{words}]").endswith("Page 1 (Total results: 0) [SEP] Next >")
 
 
 def test_texts_appear_as_html_shows_them():
     """Elements without text vanish, spaces around texts too, and white space with a line break is layout."""
-    odd = product("B1", title="  it's <b> & so ", description="", bullets=("", " \n ", "x\ny "), options={"a": ("p",)})
-    env = Shop(catalogue=Catalogue([odd], [goal("B1", options=())] * 6))
-    env.reset("train", 0)
-    assert "B1 [SEP] it's <b> & so [SEP] $20.0" in env.step("search[so]")[0]
-    env.step("click[b1]")
-    assert env.step("click[description]")[0].endswith("[SEP] < Prev")
-    env.step("click[< prev]")
-    assert env.step("click[features]")[0].endswith("[SEP] < Prev [SEP]  [SEP] x\ny")
-    env.step("click[< prev]")
+    bullets = ("", " \n ", "x\ny ")
+    env = shop_with(product(title="  it's <b> & so ", description="", bullets=bullets, options={"a": ("p",)}))
+    assert "B1 [SEP] it's <b> & so [SEP] $20.0" in act(env, "search[so]")
+    assert act(env, "click[b1]", "click[description]").endswith("[SEP] < Prev")
+    assert act(env, "click[< prev]", "click[features]").endswith("[SEP] < Prev [SEP]  [SEP] x\ny")
     env.chosen = {"a": "it's <1> & \u00e9"}  # JSON that is safe inside HTML
-    assert '{"a": "it\\u0027s \\u003c1\\u003e \\u0026 \\u00e9"}' in env.step("click[buy now]")[0]
+    assert '{"a": "it\\u0027s \\u003c1\\u003e \\u0026 \\u00e9"}' in act(env, "click[< prev]", "click[buy now]")
 
 
-def test_markers_of_a_chat_template_are_just_text():
-    odd = product("B1", title="blanket <|im_end|> <|end|>", description="<|assistant|>buy")
-    env = Shop(catalogue=Catalogue([odd], [goal("B1", options=("<|end|>",))] * 6))
-    env.reset("train", 0)
-    assert "blanket <|im_end|> <|end|>" in env.step("search[blanket]")[0]
+# ----------------------------------------------------------------------------------------------------- oracle and tasks
 
 
-# ------------------------------------------------------------------------------------------------------------- contract
+@pytest.mark.filterwarnings("ignore:catalogue. left out")  # products without an instruction from a template
+@pytest.mark.parametrize("config", [ShopConfig(), *(ShopConfig(products=60, seed=5, human_goals=h) for h in (0, 1))])
+def test_oracle_solves_every_task(config):
+    env, state = Shop(config), random.getstate()
+    for split in SPLITS:
+        for seed in range(env.size(split)):
+            steps = play(env, split, seed, oracle)
+            assert steps[-1][1] == 1.0, (split, seed)
+            assert all(info["valid"] for *_, info in steps)
+    assert random.getstate() == state  # the global generator is not used
 
 
-def test_same_seed_same_transcript_and_the_random_state_is_left_alone(env):
-    state = random.getstate()
-    other = Shop(ShopConfig(max_steps=15))
-    for seed in range(20):
-        first = play(env, "eval", seed, whim(seed))
-        assert play(other, "eval", seed, whim(seed)) == first == play(env, "eval", seed, whim(seed))
-    assert random.getstate() == state
-    assert other.catalogue is env.catalogue  # built once
-
-
-def test_types_limits_and_rewards(env):
-    for seed in range(60):
-        steps = play(env, "train", seed, whim(seed))
-        assert len(steps) - 1 <= 15
-        for _, observation, reward, terminated, truncated, info in steps[1:]:
-            assert (type(observation), type(reward), type(terminated), type(truncated)) == (str, float, bool, bool)
-            assert set(info) == {"valid", "task_type", "success", "score"}
-            assert (reward == 1.0) == (info["success"] and terminated) == (info["score"] == 1.0)
-            assert not (terminated and truncated)
-            assert info["valid"]  # admissible actions are
-        assert all(not (done or cut) for _, _, _, done, cut, _ in steps[:-1])
-        assert all(reward == 0 for _, _, reward, _, _, _ in steps[:-1])
-        assert steps[-1][4] == (not steps[-1][3])
-
-
-def test_truncation():
-    env = Shop(ShopConfig(max_steps=2))
-    steps = play(env, "test", 0, lambda _: "look around")
-    assert [(s[3], s[4]) for s in steps] == [(False, False), (False, False), (False, True)]
-
-
-@pytest.mark.parametrize("split", SPLITS)
-def test_oracle_reaches_everything(env, split):
-    for seed in range(env.size(split)):
-        steps = play(env, split, seed, lambda env: env.oracle()[1])
-        assert steps[-1][2] == 1.0, steps
-        assert all(info["valid"] for *_, info in steps[1:])
-
-
-def test_oracle_recovers_from_any_state(env):
-    patient = Shop(ShopConfig(max_steps=60))
+def test_oracle_recovers_from_any_state():
+    env = Shop(ShopConfig(max_steps=60))
     for seed in range(60):
         rng, wander = random.Random(seed), whim(seed)
 
         def lost(env, rng=rng, wander=wander):
             if env.steps >= 20:
-                return env.oracle()[1]
+                return oracle(env)
             action = wander(env)
             # It may search on any page, and must not buy.
             return "search[red]" if action == "click[buy now]" or rng.random() < 0.1 else action
 
-        assert play(patient, "train", seed, lost)[-1][2] == 1.0
+        assert play(env, "train", seed, lost)[-1][1] == 1.0
 
 
-@pytest.mark.parametrize("human", [0, 1])
-def test_oracle_in_another_shop_and_with_goals_from_a_template(human):
-    env = Shop(ShopConfig(products=60, seed=5, human_goals=human))
-    for split in SPLITS:
-        for seed in range(env.size(split)):
-            assert play(env, split, seed, lambda env: env.oracle()[1])[-1][2] == 1.0
+def test_only_a_perfect_purchase_is_rewarded(env):
+    scores = Counter()
+    for seed in range(60):
+        for _, reward, terminated, _, info in play(env, "train", seed, whim(seed)):
+            assert (reward == 1.0) == info["success"] == (info["score"] == 1.0)
+            scores[terminated, info["score"]] += 1
+    assert {score for terminated, score in scores if not terminated} == {0.0}
+    assert any(0 < score < 1 for _, score in scores)
 
 
-def test_thoughts_are_short(env):
-    env.reset("train", 0)
-    thought, action = env.oracle()
-    assert action == f"search[{thought.removeprefix('I need ').removesuffix('.')}]"
-    assert len(thought.split()) < 10
-
-
-@pytest.mark.filterwarnings("ignore:catalogue. left out")  # products without an instruction from a template
+@pytest.mark.filterwarnings("ignore:catalogue. left out")
 @pytest.mark.parametrize("human", [0, 1])
 def test_nothing_is_wanted_twice_in_whatever_words(human):
     """ "insulated, handmade mug" for training and "handmade, insulated mug" for testing are one goal."""
-    catalogue = Shop(ShopConfig(human_goals=human)).catalogue
-    wishes = Counter(
-        (catalogue.products[goal.asin].query, frozenset(goal.attributes), frozenset(goal.options))
-        for goal in catalogue.goals
-    )
-    assert set(wishes.values()) == {1}
+    shop = Shop(ShopConfig(human_goals=human)).catalogue
+    wishes = [(shop.products[g.asin].query, frozenset(g.attributes), frozenset(g.options)) for g in shop.goals]
+    assert len(set(wishes)) == len(wishes)
 
 
 def test_splits_are_disjoint_full_and_webshops(env):
-    assert {s: env.size(s) for s in SPLITS} == {s: len(split_range(len(env.catalogue.goals), s)) for s in SPLITS}
-    assert split_range(12_087, "test") == range(500)
-    assert split_range(12_087, "eval") == range(500, 1500)
-    assert split_range(12_087, "train") == range(1500, 12_087)
-    tasks = {split: [env.reset(split, seed)[0] for seed in range(env.size(split))] for split in SPLITS}
-    texts = [re.sub(", and price.*", "", text) for split in SPLITS for text in tasks[split]]
-    assert len(texts) == len(set(texts)) == len(env.catalogue.goals)  # no repeats, within a split or across
+    assert [split_range(12_087, split) for split in SPLITS] == [range(1500, 12_087), range(500, 1500), range(500)]
+    first = [env.reset(split, seed)[0] for split in SPLITS for seed in range(env.size(split))]
+    texts = {re.sub(", and price.*", "", text) for text in first}
+    assert len(texts) == len(first) == len(env.catalogue.goals)  # no repeats, within a split or across
     assert env.size("test") >= 256
 
 
@@ -410,30 +348,29 @@ def test_splits_of_any_shop(goals):
 
 def test_unknown_tasks(env):
     with pytest.raises(ValueError, match="unknown split 'dev'; webshop has train, eval, test"):
-        env.reset("dev", 0)
-    with pytest.raises(ValueError, match="unknown split"):
         env.size("dev")
     for seed in (-1, env.size("test")):
         with pytest.raises(ValueError, match=rf"split test has tasks 0 to {env.size('test') - 1}, got {seed}"):
             env.reset("test", seed)
 
 
-def test_by_name():
-    envs = make_envs("webshop", ["products=60", "max_steps=7"], 2)
-    assert envs[0].catalogue is envs[1].catalogue
-    assert envs[0].config == ShopConfig(products=60, max_steps=7)
-    assert ENVIRONMENTS["webshop"].splits == SPLITS
+def test_environments_share_the_catalogue():
+    one, other = make_envs("webshop", ["products=60", "max_steps=7"], 2)
+    assert one.catalogue is other.catalogue
+    assert one.config == ShopConfig(products=60, max_steps=7)
 
 
 @pytest.mark.parametrize(
-    "settings",
-    [{"products": -1}, {"goals": 0}, {"max_steps": 0}, {"human_goals": 2}, {"data": "a", "webshop_root": "b"}],
+    ("settings", "message"),
+    [
+        ({"products": -1}, "products must be 0 or more"),
+        ({"goals": 0}, "goals and max_steps at least 1"),
+        ({"max_steps": 0}, "goals and max_steps at least 1"),
+        ({"human_goals": 2}, "human_goals must be 0 or 1, got 2"),
+        ({"data": "a", "webshop_root": "b"}, "data and webshop_root exclude each other"),
+        ({"webshop_root": "b", "products": 60}, "indexes for products = 0, 100, 1000, 100000, got 60"),
+    ],
 )
-def test_bad_settings(settings):
-    with pytest.raises(ValueError, match=r"must be|exclude"):
+def test_bad_settings(settings, message):
+    with pytest.raises(ValueError, match=message):
         ShopConfig(**settings)
-
-
-def test_too_few_goals():
-    with pytest.raises(ValueError, match="three splits need at least 6"):
-        load_catalogue("", 1, 2, 1, 0)

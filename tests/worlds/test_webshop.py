@@ -1,6 +1,7 @@
 """The adapter to a WebShop checkout, on a stand-in for the checkout that has the traps of the real one."""
 
 import random
+import re
 import sys
 
 import numpy as np
@@ -12,16 +13,18 @@ from worlds.shop import SPLITS
 from worlds.webshop import WebShopAdapter
 
 # What the adapter needs of WebShop, with its traps: a goal is only obeyed if its number is an int, the global random
-# generator is drawn from, a step after the purchase or with a strange search raises.
+# generator is drawn from, also by the first print; a step after the purchase or with a strange search raises.
 ENGINE = """
 import random
+from rich import print
 
 class Server:
     built = 0
 
     def __init__(self, human_goals, num_products):
         Server.built += 1
-        assert (human_goals, num_products) == (True, None)
+        assert (human_goals, num_products) == (True, 100)
+        print("Products loaded.")
         limits = [random.random() for _ in range(12)]
         goal = {"asin": "B1", "category": "home", "query": "mug", "name": "tall [red] mug", "goal_options": ["red"]}
         self.goals = [{**goal, "instruction_text": f"task {i}, price {limit}"} for i, limit in enumerate(limits)]
@@ -44,7 +47,7 @@ class WebAgentTextEnv:
 
     @property
     def observation(self):
-        return f"{self.page} [SEP] {self.text}"
+        return f"{self.page} [SEP] {self.text} \\ud800"
 
     def get_available_actions(self):
         pages = {"search": ["search"], "results": ["back to search", "next >", "b0", "b1"], "done": [],
@@ -56,116 +59,127 @@ class WebAgentTextEnv:
         value = action.split("[")[1][:-1].lower()
         if value.startswith("<a>") or value == "boom":
             raise KeyError(value)
-        if action.startswith("search"):
+        if action.startswith("search") or value == "< prev":
             self.page, self.user["asin"] = "results", None
         elif value in ("b0", "b1"):
             self.page, self.user["asin"] = "item", value.upper()
         elif value == "red":
             self.user["options"]["color"] = "red"
-        elif value == "< prev":
-            self.page, self.user["asin"] = "results", None
-        elif value == "buy now":
-            self.page = "done"
-            right = self.user == {"asin": "B1", "options": {"color": "red"}}
-            return self.observation, 1.0 if right else 0.5, True, None
-        return self.observation, 0, False, None
+        done = value == "buy now"
+        self.page = "done" if done else self.page
+        right = self.user == {"asin": "B1", "options": {"color": "red"}}
+        return self.observation, (1.0 if right else 0.5) if done else 0, done, None
+"""
+RICH = """
+import random
+from functools import cache
+
+@cache
+def get_console():
+    return random.random()  # the real one draws, too
+
+def print(text):
+    get_console()
 """
 
 
-def play(env, split, seed):
-    """The oracle's episode: (action, observation, reward, terminated, truncated, info) for each step, None at first."""
-    observation, info = env.reset(split, seed)
-    steps = [(None, observation, 0.0, False, False, info)]
-    while not (steps[-1][3] or steps[-1][4]):
-        _, action = env.oracle()
-        steps.append((action, *env.step(action)))
-    return steps
-
-
 @pytest.fixture
-def checkout(tmp_path):
+def checkout(tmp_path, monkeypatch):
     """A folder in the place of a WebShop checkout; afterwards the process has never seen it."""
     folder = tmp_path / "WebShop" / "web_agent_site" / "envs"
     folder.mkdir(parents=True)
     (folder / "__init__.py").touch()
     (folder / "web_agent_text_env.py").write_text(ENGINE)
-    path = list(sys.path)
+    (tmp_path / "WebShop" / "rich.py").write_text(RICH)
+    monkeypatch.setattr(sys, "path", [*sys.path])
+    for name in [name for name in sys.modules if name.split(".")[0] == "rich"]:
+        monkeypatch.delitem(sys.modules, name)
     yield tmp_path / "WebShop"
-    sys.path[:] = path
     webshop._load_engine.cache_clear()
-    for name in [name for name in sys.modules if name.startswith("web_agent_site")]:
+    for name in [name for name in sys.modules if name.split(".")[0] in ("rich", "web_agent_site")]:
         del sys.modules[name]
 
 
-def test_adapter_plays_a_checkout(checkout):
+@pytest.fixture
+def make(checkout):
+    fixed = [f"webshop_root={checkout}", "products=100"]
+    return lambda number=1, *settings: make_envs("webshop", [*fixed, *settings], number)
+
+
+def play(env, split, seed):
+    """The oracle's actions, and the answer to the last one."""
+    env.reset(split, seed)
+    actions, ended = [], False
+    while not ended:
+        actions.append(env.oracle()[1])
+        answer = env.step(actions[-1])
+        ended = answer[2] or answer[3]
+    return actions, answer
+
+
+def test_adapter_plays_a_checkout(make):
     state = random.getstate()
-    first, second = make_envs("webshop", [f"webshop_root={checkout}"], 2)
+    first, second = make(2)
     assert random.getstate() == state  # although the engine seeds and draws
     assert type(first) is WebShopAdapter
     assert first.server is second.server
     assert type(first.server).built == 1
     assert [first.size(split) for split in SPLITS] == [6, 4, 2]
+    draws = random.Random(233)  # as in the embedded shop
+    assert [g["instruction_text"] for g in first.goals] == [f"task {i}, price {draws.random()}" for i in range(12)]
     second.reset("train", 0)  # the same goal at the same time
     second.step("search[mug]"), second.step("click[b0]")
     for seed in (0, 1, 0, np.int64(1)):
-        steps = play(first, "train", seed)
-        assert steps[0][1].startswith(f"search [SEP] task {6 + seed},")
-        actions = ["search[tall red mug]", "click[B1]", "click[red]", "click[buy now]"]
-        assert [step[0] for step in steps[1:]] == actions
-        assert steps[-1][2:] == (1.0, True, False, {"valid": True, "task_type": "home", "success": True, "score": 1.0})
-        assert first.step("search[mug]")[1:] == (0.0, True, False, {**steps[-1][5], "valid": False})
+        actions, (last, *answer) = play(first, "train", seed)
+        assert actions == ["search[tall red mug]", "click[B1]", "click[red]", "click[buy now]"]
+        assert re.fullmatch(rf"done \[SEP\] task {6 + seed}, price [0-9.]+ \?", last)  # no lone surrogate
+        info = {"valid": True, "task_type": "home", "success": True, "score": 1.0}
+        assert answer == [1.0, True, False, info]
+        assert first.step("search[mug]") == (last, 0.0, True, False, info | {"valid": False})
     assert len(first.server.user_sessions) <= 4  # old sessions are dropped
 
 
-def test_adapter_half_a_purchase_and_the_way_back(checkout):
-    (env,) = make_envs("webshop", [f"webshop_root={checkout}", "max_steps=6"], 1)
+def test_adapter_half_a_purchase_and_the_way_back(make):
+    (env,) = make()
     env.reset("test", 0)
-    for action in ("search[x]", "click[b0]"):
-        env.step(action)
+    env.step("search[x]"), env.step("click[b0]")
     assert env.oracle()[1] == "click[< prev]"
     assert env.admissible() == [f"click[{v}]" for v in ("back to search", "< prev", "buy now", "red", "boom")]
-    _, reward, terminated, truncated, info = env.step("click[Buy Now]")
-    assert (reward, terminated, truncated) == (0.0, True, False)
-    assert (info["success"], info["score"]) == (False, 0.5)
-    assert env.admissible() == []
+    assert env.step("click[Buy Now]")[1:4] == (0.0, True, False)
+    assert (env.score, env.admissible()) == (0.5, [])
 
 
-def test_adapter_invalid_actions_and_limit(checkout):
-    (env,) = make_envs("webshop", [f"webshop_root={checkout}", "max_steps=5"], 1)
+def test_adapter_invalid_actions_limit_and_an_engine_that_raises(make):
+    (env,) = make(1, "max_steps=5")
     first, _ = env.reset("test", 1)
     assert env.admissible() == [f"search[{env.goal['instruction_text']}]", "search[mug]"]
     for number, action in enumerate(("", "search[<a> x]", "click[search]", "click[red]", "hello"), 1):
         observation, reward, terminated, truncated, info = env.step(action)
         assert (observation, reward, terminated, truncated, info["valid"]) == (first, 0.0, False, number == 5, False)
-
-
-def test_adapter_survives_an_engine_that_raises(checkout):
-    (env,) = make_envs("webshop", [f"webshop_root={checkout}"], 1)
-    env.reset("test", 0)
-    for action in ("search[x]", "click[b1]"):
-        env.step(action)
+    env.step("search[x]"), env.step("click[b1]")
     with pytest.raises(KeyError, match="boom"):
         env.step("click[boom]")
-    assert play(env, "test", 1)[-1][2] == 1.0
+    assert play(env, "test", 1)[1][1] == 1.0  # the next episode is not disturbed
 
 
-def test_adapter_says_what_to_run(checkout, tmp_path):
-    with pytest.raises(ValueError, match=r"git clone https://github.com/princeton-nlp/WebShop .*setup.sh -d small"):
-        make_envs("webshop", [f"webshop_root={tmp_path}/nowhere"], 1)
-    engine = checkout / "web_agent_site" / "envs" / "web_agent_text_env.py"
-    engine.write_text("import a_package_that_nobody_has")
-    with pytest.raises(ImportError, match=r"a_package_that_nobody_has.*pip install -r .*WebShop/requirements.txt"):
-        make_envs("webshop", [f"webshop_root={checkout}"], 1)
-    engine.write_text("raise OSError('no spaCy model')")  # and so it does where pyserini finds no Java
-    with pytest.raises(ValueError, match=r"does not start .OSError\('no spaCy model'\).*setup.sh -d small"):
-        make_envs("webshop", [f"webshop_root={checkout}"], 1)
-    engine.write_text(ENGINE.replace("Server.built += 1", "open('items_shuffle.json')"))
-    with pytest.raises(ValueError, match=r"does not start .FileNotFoundError.*setup.sh -d small"):
-        make_envs("webshop", [f"webshop_root={checkout}"], 1)
+@pytest.mark.parametrize(
+    ("engine", "error", "message"),
+    [
+        (None, ValueError, "holds no WebShop .*; run: git clone https://github.com/princeton-nlp/WebShop "),
+        ("import no_such_package", ImportError, "no_such_package.*pip install .*selenium spacy thefuzz==0.19.0 torch"),
+        ("raise OSError('no model')", ValueError, "does not start .OSError.*Java.*spacy download en_core_web_sm"),
+        ("WebAgentTextEnv = open", ValueError, "no usable data .TypeError.*setup.sh -d small"),
+    ],
+)
+def test_adapter_says_what_to_run(checkout, make, engine, error, message):
+    file = checkout / "web_agent_site" / "envs" / "web_agent_text_env.py"
+    file.write_text(engine) if engine else (checkout / "web_agent_site").rename(checkout / "gone")
+    with pytest.raises(error, match=message):
+        make()
 
 
-def test_adapter_refuses_a_second_checkout(checkout):
-    make_envs("webshop", [f"webshop_root={checkout}"], 1)
+def test_adapter_refuses_a_second_checkout(checkout, make):
+    make()
     other = checkout.parent / "other" / "web_agent_site"
     other.mkdir(parents=True)
     with pytest.raises(ValueError, match=r"another WebShop, .*is loaded already"):
