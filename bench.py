@@ -9,7 +9,6 @@ Speeds are compared as ratios of medians, the two sides measured in turns: absol
 
 import json
 import multiprocessing
-import os
 import resource
 import statistics
 import time
@@ -44,7 +43,7 @@ class BenchConfig:
     repeats: int = field(default=5, metadata={"help": "measurements of each side, of which the median counts"})
     tokens: int = field(default=4096, metadata={"help": "memory: tokens"})
     vocabulary: int = field(default=151_936, metadata={"help": "memory: size of the vocabulary; Qwen2.5's by default"})
-    threads: int = field(default=os.cpu_count(), metadata={"help": "rollout and empg: threads on the CPU"})
+    threads: int = field(default=0, metadata={"help": "rollout and empg: threads on the CPU; 0: all cores"})
     worlds: int = field(default=128, metadata={"help": "worlds: environments that take turns in one process"})
     data: str = field(default="", metadata={"help": "worlds: folder of ALFWorld games; default: ALFWorld is left out"})
     out: str = field(default="bench.json", metadata={"help": "file for the result"})
@@ -259,8 +258,7 @@ def main() -> None:
     if bench.only in ("all", "worlds"):  # first: memory is counted from its highest point so far
         result |= measure_worlds(bench)
     if bench.only in ("all", "rollout", "empg"):
-        learner, _ = prepare(config, start_ranks(), make_envs(config.env, config.settings, 1)[0])
-        torch.set_num_threads(bench.threads)
+        learner, _ = prepare(config, start_ranks(bench.threads), make_envs(config.env, config.settings, 1)[0])
         if bench.only in ("all", "rollout"):
             result |= measure_rollout(bench, config, learner.policy)
         if bench.only in ("all", "empg"):

@@ -47,7 +47,17 @@ def run_position(config: TrainConfig) -> tuple[Path | None, dict]:
         raise CheckpointError(f"there is no checkpoint in {out} to resume from")
     verify_checkpoint(saved[-1])
     state = json.loads((saved[-1] / "state.json").read_text())
-    free = ("iterations", "resume", "out", "cache", "eval_every", "checkpoint_every", "report_to", "batch_size")
+    free = (
+        "iterations",
+        "resume",
+        "out",
+        "cache",
+        "eval_every",
+        "checkpoint_every",
+        "report_to",
+        "batch_size",
+        "threads",
+    )
     changed = [name for name, value in state["config"].items() if name not in free and getattr(config, name) != value]
     if changed:
         flags = ", ".join(f"--{name} {state['config'][name]}" for name in changed)

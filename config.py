@@ -81,6 +81,11 @@ class WorldConfig:
     questions: str = field(default="", metadata={"help": "search: json, jsonl or parquet file, or a hub id"})
     corpus: str = field(default="", metadata={"help": "search: jsonl file of the passages to search"})
 
+    threads: int = field(
+        default=0,
+        metadata={"help": "of a process on the CPU; 0: its share of the cores; 1 for several runs beside each other"},
+    )
+
     @property
     def settings(self) -> list[str]:
         """env_args, and each source that was given, as make_envs takes them."""
@@ -178,7 +183,7 @@ class TrainConfig(WorldConfig):
         )
         _require(self, "group_size", least=2)  # a group baseline
         _require(self, "demonstrations", least=4)  # one batch of the imitation
-        _require(self, "seed", "zeta", "kl_coef", "overlong_buffer", least=0)
+        _require(self, "threads", "seed", "zeta", "kl_coef", "overlong_buffer", least=0)
         _require(self, "slip", "clip_low", least=0, most=1)
         _require(self, "clip_high", least=0)
         _require(self, "k", "k_future")
@@ -225,7 +230,7 @@ class EvalConfig(WorldConfig):
             raise ValueError(f"compare takes two different players, got {self.compare[0]} twice")
         _require(self, "tasks", "batch_size", "max_step_tokens", least=1)
         _require(self, "max_tokens", above=self.max_step_tokens)
-        _require(self, "temperature", "seed", least=0)
+        _require(self, "temperature", "seed", "threads", least=0)
 
 
 def parse_eval_config(argv: Sequence[str] | None = None) -> EvalConfig:

@@ -28,13 +28,13 @@ from policy import Policy, PolicyError, load_policy
 from record import RecordError, reporting, require_writable
 from rollout import play_scripted, rollout
 
-THREADS = 1  # of a process on the CPU
-
 # --------------------------------------------------------------------------------------------------------- playing
 
 
-def start_ranks(**options) -> Accelerator:
+def start_ranks(threads: int, **options) -> Accelerator:
     """This process as one of the ranks that the launcher started; options go to Accelerator.
+
+    threads: of this process on the CPU; 0 shares the cores among the ranks, where launchers leave one thread to each.
 
     Ends the program if the launcher started others than there are ranks: each would do the whole work.
     """
@@ -47,7 +47,7 @@ def start_ranks(**options) -> Accelerator:
             "on CPUs launch with: torchrun --nproc_per_node N train.py"
         )
     if accelerator.device.type == "cpu":
-        torch.set_num_threads(THREADS)
+        torch.set_num_threads(threads or max(1, os.cpu_count() // accelerator.num_processes))
     return accelerator
 
 
@@ -218,7 +218,7 @@ def main() -> None:
     config = parse_eval_config()
     transformers.utils.logging.disable_progress_bar()
     try:
-        accelerator = start_ranks()
+        accelerator = start_ranks(config.threads)
         run(config, accelerator)
         accelerator.end_training()
     except (PolicyError, RecordError) as error:

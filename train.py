@@ -66,7 +66,7 @@ from update import (
 
 def train(config: TrainConfig) -> None:
     """The whole run: prepare, iterate, report."""
-    accelerator = start_ranks(log_with=None if config.report_to == "none" else config.report_to)
+    accelerator = start_ranks(config.threads, log_with=None if config.report_to == "none" else config.report_to)
     envs = open_envs(config, config.batch_size, ["train", config.held_out])
     record = Record(config, accelerator)
     held_out = first_tasks(envs[0], config.env, config.held_out, config.eval_tasks)
@@ -177,6 +177,7 @@ def prepare(config: TrainConfig, accelerator: Accelerator, env: Env) -> tuple[Le
     link = Path(config.out) / "first_policy"  # the policy that the run started from, for eval.py --compare
     first = str(link) if newest and link.exists() else first_policy(config, accelerator, env)
     if accelerator.is_main_process and Path(first).is_dir() and first != str(link):
+        link.parent.mkdir(parents=True, exist_ok=True)
         link.unlink(missing_ok=True)
         link.symlink_to(Path(first).resolve(), target_is_directory=True)
     learner = make_learner(config, accelerator, str(newest or first), first)
