@@ -138,7 +138,7 @@ class TrainConfig(WorldConfig):
     temperature: float = field(default=1.0, metadata={"help": "of sampling, in training and evaluation"})
     max_step_tokens: int = field(default=32, metadata={"help": "tokens of one response"})
     max_tokens: int = field(default=1024, metadata={"help": "tokens of an episode"})
-    batch_size: int = field(default=64, metadata={"help": "environments that are played at once, per rank"})
+    batch_size: int = field(default=128, metadata={"help": "environments that are played at once, at most, per rank"})
     # the update
     learning_rate: float = field(default=4e-4, metadata={"help": "of AdamW"})
     epochs: int = field(default=1, metadata={"help": "passes over the episodes of an iteration"})
@@ -212,7 +212,7 @@ class EvalConfig(WorldConfig):
         default_factory=list, metadata={"help": "splits of the environment's tasks; default: all held-out ones"}
     )
     tasks: int = field(default=256, metadata={"help": "tasks of each split, the first; at most all that there are"})
-    batch_size: int = field(default=64, metadata={"help": "environments that are played at once"})
+    batch_size: int = field(default=128, metadata={"help": "environments that are played at once, at most"})
     temperature: float = field(default=1.0, metadata={"help": "of sampling; 0 is greedy"})
     max_step_tokens: int = field(default=64, metadata={"help": "tokens of one response"})
     max_tokens: int = field(default=2048, metadata={"help": "tokens of an episode"})

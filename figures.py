@@ -1,6 +1,6 @@
 """Pictures of training: the learning curves of one run, or the success of several runs side by side.
 
-    python figures.py out/house/metrics.jsonl curves.png            one run: success, steps, entropy, invalid actions
+    python figures.py out/house/metrics.jsonl curves.png            one run: success, entropy, g and f, ...
     python figures.py docs/runs/*.jsonl docs/worlds.png             several runs: success on held-out tasks
 
 Every line has a marker or a line style of its own, so that a print in grey can be read too.
@@ -23,6 +23,8 @@ PANELS = {
     "steps per episode": [("mean", "episode/steps", "-")],
     "step entropy (nats)": [("max", "entropy/max", ":"), ("mean", "entropy/mean", "-"), ("min", "entropy/min", "--")],
     "invalid actions (share of steps)": [("mean", "episode/invalid_frac", "-")],
+    "g, gradient scale (mean 1)": [("max", "empg/g_max", ":"), ("min", "empg/g_min", "--")],
+    "f, clarity bonus of the next step": [("mean", "empg/f_mean", "-")],
 }
 
 
@@ -53,23 +55,26 @@ def read_metrics(path: Path) -> list[dict]:
 
 
 def draw_curves(metrics: Path, picture: Path) -> Figure:
-    """Four panels against the iterations of a run: success, steps, step entropy and invalid actions.
+    """The panels of PANELS, against the iterations of a run.
 
     Writes the picture in the format of its suffix and returns the figure. Raises OSError or ValueError if a file
     cannot be read or written, or if the run was never evaluated.
     """
     rows = read_metrics(metrics)
-    figure = Figure(figsize=(10, 6), layout="constrained")
-    axes = figure.subplots(2, 2, sharex=True)
-    for axis, (quantity, lines) in zip(axes.flat, PANELS.items(), strict=True):
+    height = (len(PANELS) + 1) // 2
+    figure = Figure(figsize=(10, 2.7 * height), layout="constrained")
+    axes = figure.subplots(height, 2, sharex=True, squeeze=False)
+    for axis, (quantity, lines) in zip(axes.flat, PANELS.items(), strict=False):
         for color, (label, key, linestyle) in zip(LOOKS["color"], lines, strict=False):
             axis.plot(*points(rows, key), color=color, linestyle=linestyle, label=label)
         axis.set(ylabel=quantity, ylim=(0, None))
     draw_held_out(axes[0, 0], metrics, rows, "held-out tasks, 95 % interval", look=1)
-    for axis in axes.flat:
+    for axis in axes.flat[: len(PANELS)]:
         axis.grid(alpha=0.3)
         axis.legend()
-    for axis in axes[1]:
+    for axis in axes.flat[len(PANELS) :]:
+        axis.remove()
+    for axis in axes[-1]:
         axis.set_xlabel("iteration")
     figure.savefig(picture, dpi=120)
     return figure

@@ -32,7 +32,7 @@ def drawn(line) -> list[list[float]]:
 
 
 def test_curves_are_the_metrics_against_the_iteration(write, tmp_path):
-    (success, steps, entropy, invalid) = figures.draw_curves(write("metrics.jsonl", GOOD), tmp_path / "c.png").axes
+    success, steps, entropy, invalid, *_ = figures.draw_curves(write("metrics.jsonl", GOOD), tmp_path / "c.png").axes
     training, held_out = success.lines[:2]
     assert drawn(training) == [[1, 0.5], [2, 1.0]]
     assert drawn(held_out) == [[0, 0.25], [2, 0.75]]
