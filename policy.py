@@ -104,11 +104,13 @@ class Policy:
 
     def dialogue(self, texts: Dialogue) -> tuple[list[int], list[bool]]:
         """Ids of a whole dialogue, and which of them a policy would have sampled (stop tokens included)."""
-        ids = self.opening(texts[0], [texts[1]])[0]
+        instructions, first, *rest = self.encode(texts)
+        ids = self._before_system + instructions + self._before_user + first + self._before_response
         sampled = [False] * len(ids)
-        for position, text in enumerate(texts[2:]):
-            new = self.turn([text])[0] if position % 2 else [*self.encode([text])[0], self.stop_id]
-            ids, sampled = ids + new, sampled + [position % 2 == 0] * len(new)
+        for position, part in enumerate(rest):
+            answer = position % 2 == 0
+            new = [*part, self.stop_id] if answer else self._after_response + part + self._before_response
+            ids, sampled = ids + new, sampled + [answer] * len(new)
         return ids, sampled
 
 
