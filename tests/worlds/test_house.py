@@ -159,11 +159,6 @@ def test_the_words_of_the_tasks():
     ]  # fmt: skip
 
 
-def test_an_unknown_split_is_named():
-    with pytest.raises(ValueError, match=r"'test'.*train, eval"):
-        House().reset("test", 0)
-
-
 # ------------------------------------------------------------------------------------------------ verbs and replies
 
 

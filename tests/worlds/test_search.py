@@ -61,7 +61,9 @@ def test_scores_agree_with_counting_word_by_word(said, right):
 
 def test_world_is_a_function_of_its_arguments_and_its_names_survive_normalisation():
     assert build_world(120, 12, 7) == build_world(120, 12, 7) != build_world(120, 12, 8)
-    names = [passage.title for passage in build_world(600, 30, 0)[0]]
+    passages, questions = build_world(600, 30, 0)  # the default
+    assert min(len(questions[split]) for split in SPLITS) >= 256
+    names = [passage.title for passage in passages]
     assert len(set(map(normalize, names))) == len(names) == 600
     assert len(set(map(normalize, SYLLABLES)) - {""}) == len(SYLLABLES)  # no "The", which is no part of an answer
 
@@ -111,16 +113,6 @@ def test_oracle_is_always_right_whatever_was_searched_before(config, split):
         assert (reward, info["success"], info["f1"]) == (1, True, 1)
 
 
-def test_every_size_has_enough_tasks_and_no_more():
-    env = Search()
-    assert all(env.size(split) >= 256 for split in SPLITS)
-    for seed in (-1, env.size("eval")):
-        with pytest.raises(ValueError, match=f"no question {seed} in eval"):
-            env.reset("eval", seed)
-    with pytest.raises(ValueError, match="unknown split 'test'"):
-        env.size("test")
-
-
 def test_invalid_action_changes_nothing_but_the_count():
     env = Search(SearchConfig(max_steps=8))
     env.reset("eval", 0)
@@ -155,29 +147,6 @@ def test_actions_name_what_was_seen_and_the_oracle_follows_the_facts():
     env.step(env.oracle()[1])
     assert env.oracle() == (str(hop), f"search[{env.question.hops[1].query}]")
     assert f"answer[{hop.tail}]" in env.admissible()
-
-
-NO_ADDRESSES = ["localhost:8000", "file:///etc/hosts", "http://", "http://h:x", "http://h:99999"]
-
-
-@pytest.mark.parametrize(
-    ("settings", "message"),
-    [
-        *(({name: 0}, f"{name} must be at least 1, got 0") for name in ("max_steps", "topk", "timeout")),
-        ({"passage_chars": 20}, "passage_chars must be at least 200, got 20"),
-        *(({"entities": wrong}, f"entities must be 60 to 10000, got {wrong}") for wrong in (59, 10_001)),
-        ({"syllables": 24}, "syllables must be 25 to .* for 600 names, got 24"),
-        ({"questions": "q.json"}, "no contexts to search"),
-        ({"corpus": "q.json"}, "a corpus without questions"),
-        *(({"retriever": url}, f"address is http://HOST:PORT, got '{url}'") for url in NO_ADDRESSES),
-        ({"corpus": "c.jsonl", "retriever": "http://127.0.0.1:9"}, "corpus and retriever exclude each other"),
-    ],
-)
-def test_settings_that_cannot_be_are_named(tmp_path, monkeypatch, settings, message):
-    monkeypatch.chdir(tmp_path)
-    write(tmp_path / "q.json", [{"question": "?", "answer": "x"}])
-    with pytest.raises(ValueError, match=message):
-        Search(SearchConfig(**settings))
 
 
 # --------------------------------------------------------------------------------------------------- real questions
@@ -215,6 +184,12 @@ def test_every_format_reads_alike(tmp_path, monkeypatch):
     assert load_questions(str(tmp_path / "q.parquet")) == expected
     assert load_questions("some/hotpot:distractor:validation") == load_questions("some/hotpot") == expected
     assert asked == [("some/hotpot", "distractor", "validation"), ("some/hotpot", None, "train")]
+
+
+def test_questions_need_contexts_or_a_corpus_or_a_server(tmp_path):
+    questions = write(tmp_path / "q.json", [{"question": "?", "answer": "x"}])
+    with pytest.raises(ValueError, match="no contexts to search"):
+        Search(SearchConfig(questions=questions))
 
 
 def test_questions_of_search_r1(tmp_path):
