@@ -12,7 +12,9 @@ from itertools import pairwise
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from test_envs import transcript
 
+from envs import oracle_player
 from worlds import search, search_world
 from worlds.search import NOTHING, Search, SearchConfig, exact_match, f1, load_questions, normalize, split_of
 from worlds.search_world import HELD_OUT, RELATIONS, SPLITS, SYLLABLES, Question, build_world, paths
@@ -121,7 +123,6 @@ def test_invalid_action_changes_nothing_but_the_count():
         observation, reward, terminated, truncated, info = env.step(action)
         assert observation == f"{NOTHING} Question: {env.question.text}"
         assert (reward, terminated, truncated, info["valid"], info["f1"]) == (0, False, False, False, 0)
-    assert env.steps == 7
     assert before == (env.admissible(), env.oracle())
 
 
@@ -186,17 +187,12 @@ def test_every_format_reads_alike(tmp_path, monkeypatch):
     assert asked == [("some/hotpot", "distractor", "validation"), ("some/hotpot", None, "train")]
 
 
-def test_questions_need_contexts_or_a_corpus_or_a_server(tmp_path):
-    questions = write(tmp_path / "q.json", [{"question": "?", "answer": "x"}])
-    with pytest.raises(ValueError, match="no contexts to search"):
-        Search(SearchConfig(questions=questions))
-
-
-def test_questions_of_search_r1(tmp_path):
+def test_questions_of_search_r1_have_no_contexts(tmp_path):
     record = {"id": "1", "question": " who? ", "golden_answers": ["Bo", "Bo Lin", ""], "data_source": "nq"}
-    questions, passages = load_questions(write(tmp_path / "q.jsonl", [record, record | {"golden_answers": [7]}]))
-    assert questions == [Question("who?", ("Bo", "Bo Lin"), "nq"), Question("who?", ("7",), "nq")]
-    assert passages == []
+    file = write(tmp_path / "q.jsonl", [record, record | {"golden_answers": [7]}])
+    assert load_questions(file) == ([Question("who?", ("Bo", "Bo Lin"), "nq"), Question("who?", ("7",), "nq")], [])
+    with pytest.raises(ValueError, match="no contexts to search"):
+        Search(SearchConfig(questions=file))
 
 
 def test_user_questions_are_split_for_good(tmp_path):
@@ -207,9 +203,9 @@ def test_user_questions_are_split_for_good(tmp_path):
     assert env.size("ood_comp") == env.size("ood_hops") == 0
     assert {q.text for q in env.library.questions["eval"]} < {q.text for q in questions if split_of(q) == "eval"}
     for seed in range(env.size("eval")):
-        env.reset("eval", seed)
-        assert env.question.answers[0] in env.step(env.oracle()[1])[0]  # one search finds the passage here
-        assert env.step(env.oracle()[1])[1] == 1
+        _, (_, found, *_), (_, _, reward, *_) = transcript(env, "eval", seed, oracle_player)  # a search and the answer
+        assert env.question.answers[0] in found
+        assert reward == 1
 
 
 def test_corpus_from_a_file_and_long_passages(tmp_path):
