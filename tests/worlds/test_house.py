@@ -63,7 +63,8 @@ def oracle_actions(world: House) -> list[str]:
     actions, ended = [], False
     while not ended:
         actions.append(world.oracle()[1])
-        ((_, _, terminated, truncated, _),) = do(world, actions[-1])
+        ((_, reward, terminated, truncated, info),) = do(world, actions[-1])
+        assert reward == info["success"] == terminated
         ended = terminated or truncated
     assert terminated
     return actions
