@@ -27,6 +27,7 @@ from envs import (
     random_player,
     require_split,
 )
+from worlds import retrieval, search, search_world, shop, shop_search
 
 TASKS = 60  # of a split, if it has as many
 CHANCE = {"coin": 0.8}  # the random player succeeds less often than this, in the other worlds less often than 0.1
@@ -302,7 +303,8 @@ def test_what_is_formatted_is_parsed_again(thought, action):
     assert parse_response(format_response(thought, action)) == (thought, action)
 
 
-def test_examples_in_docstrings_hold():
-    result = doctest.testmod(envs)
+@pytest.mark.parametrize("module", [envs, retrieval, search, search_world, shop, shop_search], ids=lambda m: m.__name__)
+def test_examples_in_docstrings_hold(module):
+    result = doctest.testmod(module)
     assert result.attempted > 0
     assert result.failed == 0
