@@ -10,6 +10,7 @@ import subprocess
 import sys
 from collections import defaultdict
 from pathlib import Path
+from unittest.mock import Mock
 
 import pytest
 from conftest import ALFWORLD_GAMES, ALFWORLD_INSTALL
@@ -348,14 +349,7 @@ def test_the_digest_sees_what_the_player_sees(writer):
 
 
 def test_the_writer_writes_a_whole_split_or_nothing(writer, alfworld_data, tmp_path, monkeypatch):
-    made = []
-
-    def killed(*args):
-        if made:
-            raise KeyboardInterrupt
-        return made.append({"a": "b"}) or made[0]
-
-    monkeypatch.setattr(writer, "make_game", killed)
+    monkeypatch.setattr(writer, "make_game", Mock(side_effect=[{"a": "b"}, KeyboardInterrupt]))
     with pytest.raises(KeyboardInterrupt):
         writer.write_games(config_of(writer, tmp_path))
     assert not (tmp_path / LAYOUT / "train").exists()
@@ -364,14 +358,10 @@ def test_the_writer_writes_a_whole_split_or_nothing(writer, alfworld_data, tmp_p
 
 
 def test_what_cannot_be_solved_is_drawn_again(writer, monkeypatch):
-    problems = []
-
-    def solve(engine, game):
-        problems.append(game["pddl_problem"])
-        return ["look"] if len(problems) == 3 else None
-
+    solve = Mock(side_effect=[None, None, ["look"], None, None, None])
     monkeypatch.setattr(writer, "solve", solve)
     files = writer.make_game(None, config_of(writer, Path()), 0, set())
+    problems = [game["pddl_problem"] for _, game in (call.args for call in solve.call_args_list)]
     assert problems[2] in files.values()
     assert len(set(problems)) == len(problems) == 3
     monkeypatch.setattr(writer, "ATTEMPTS", 3)
