@@ -46,15 +46,13 @@ GARBAGE = [
     ids="-".join,
 )
 def place(request) -> tuple[str, str]:
-    """Name and split of a world. A world whose engine is not installed is skipped."""
-    if request.param[0] == "alfworld":
-        request.getfixturevalue("alfworld_data")
+    """Name and split of a world."""
     return request.param
 
 
 @pytest.fixture(scope="module")
 def needed(place, request) -> list[str]:
-    """The settings that a world cannot do without."""
+    """The settings that a world cannot do without. A world whose engine is not installed is skipped."""
     return [f"data={request.getfixturevalue('alfworld_data')}"] if place[0] == "alfworld" else []
 
 
