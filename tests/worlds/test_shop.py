@@ -308,6 +308,7 @@ def test_splits_of_any_shop(goals):
     assert [i for r in ranges for i in r] == list(range(goals))
     assert all(ranges)
     assert [split_range(12_087, split) for split in SPLITS] == [range(1500, 12_087), range(500, 1500), range(500)]
+    assert [split_range(600, split) for split in SPLITS] == [range(300, 600), range(100, 300), range(100)]
     assert Shop().size("test") >= 256
 
 
