@@ -27,6 +27,7 @@ from envs import (
     random_player,
     require_split,
 )
+from worlds import retrieval, search, search_world, shop, shop_search
 
 TASKS = 60  # of a split, if it has as many
 CHANCE = {"coin": 0.8}  # the random player succeeds less often than this, in the other worlds less often than 0.1
@@ -45,15 +46,13 @@ GARBAGE = [
     ids="-".join,
 )
 def place(request) -> tuple[str, str]:
-    """Name and split of a world. A world whose engine is not installed is skipped."""
-    if request.param[0] == "alfworld":
-        request.getfixturevalue("alfworld_data")
+    """Name and split of a world."""
     return request.param
 
 
 @pytest.fixture(scope="module")
 def needed(place, request) -> list[str]:
-    """The settings that a world cannot do without."""
+    """The settings that a world cannot do without. A world whose engine is not installed is skipped."""
     return [f"data={request.getfixturevalue('alfworld_data')}"] if place[0] == "alfworld" else []
 
 
@@ -184,6 +183,9 @@ def test_a_split_has_a_task_for_every_number_below_its_size(place, build):
     require_split(name, split)
     with pytest.raises(ValueError, match=f"{name} has no split 'tset'; it has .*{split}"):
         require_split(name, "tset")
+    if name != "coin":  # its tasks do not depend on the split
+        with pytest.raises(ValueError, match=f"unknown split 'tset'; {name} has .*{split}"):
+            env.reset("tset", 0)
 
 
 def test_asking_for_actions_changes_nothing_and_all_of_them_are_valid(place, build, played):
@@ -234,7 +236,7 @@ def test_settings_are_parsed_by_type():
 
 
 @pytest.mark.parametrize(
-    ("name", "setting", "message"),
+    ("name", "wrong", "message"),
     [
         ("hause", "max_steps=3", "unknown environment 'hause'; there are house"),
         ("house", "max_stepz=3", "house has no setting 'max_stepz'; it has receptacles, objects, max_steps"),
@@ -242,18 +244,31 @@ def test_settings_are_parsed_by_type():
         ("house", "max_steps", "max_steps must be an integer, got ''"),
         ("house", "max_steps=many", "max_steps must be an integer, got 'many'"),
         ("house", "max_steps=3.5", "max_steps must be an integer, got '3.5'"),
-        *((name, "max_steps=0", "max_steps must be at least 1, got 0") for name in ("house", "alfworld")),
+        *((name, "max_steps=0", "max_steps must be at least 1, got 0") for name in ("house", "alfworld", "search")),
         *((name, "task_types=", "unknown task types ['']") for name in ("house", "alfworld")),
         ("house", "task_types=pick_and_place_simple,dance", "unknown task types ['dance']"),
         ("alfworld", "restate_task=2", "restate_task must be 0 or 1, got 2"),
         *(("house", f"receptacles={number}", f"receptacles must be 6 to 60 (up to 3 appliances, 2 surfaces, 1 drawer), "
            f"got {number}") for number in (5, 61)),
         *(("house", f"objects={number}", f"objects must be 2 to 60, got {number}") for number in (-1, 1, 61)),
+        ("webshop", "products=-1", "products must be 0 or more"),
+        *(("webshop", f"{key}=0", "goals and max_steps at least 1") for key in ("goals", "max_steps")),
+        ("webshop", "human_goals=2", "human_goals must be 0 or 1, got 2"),
+        ("webshop", "data=a webshop_root=b", "data and webshop_root exclude each other"),
+        ("webshop", "webshop_root=b products=60", "indexes for products = 0, 100, 1000, 100000, got 60"),
+        *(("search", f"{key}=0", f"{key} must be at least 1, got 0") for key in ("topk", "timeout")),
+        ("search", "passage_chars=20", "passage_chars must be at least 200, got 20"),
+        *(("search", f"entities={number}", f"entities must be 60 to 10000, got {number}") for number in (59, 10_001)),
+        ("search", "syllables=24", "syllables must be 25 to 420 for 600 names, got 24"),
+        ("search", "corpus=c retriever=http://127.0.0.1:9", "corpus and retriever exclude each other"),
+        ("search", "corpus=q.json", "a corpus without questions"),
+        *(("search", f"retriever={url}", f"address is http://HOST:PORT, got '{url}'")
+          for url in ("localhost:8000", "file:///etc/hosts", "http://", "http://h:x", "http://h:99999")),
     ],
 )  # fmt: skip
-def test_a_bad_setting_is_named(name, setting, message):
+def test_a_bad_setting_is_named(name, wrong, message):
     with pytest.raises(ValueError) as error:  # noqa: PT011 the message is compared below
-        make_envs(name, [setting], 1)
+        make_envs(name, wrong.split(" "), 1)
     assert message in str(error.value)
 
 
@@ -286,7 +301,8 @@ def test_what_is_formatted_is_parsed_again(thought, action):
     assert parse_response(format_response(thought, action)) == (thought, action)
 
 
-def test_examples_in_docstrings_hold():
-    result = doctest.testmod(envs)
+@pytest.mark.parametrize("module", [envs, retrieval, search, search_world, shop, shop_search], ids=lambda m: m.__name__)
+def test_examples_in_docstrings_hold(module):
+    result = doctest.testmod(module)
     assert result.attempted > 0
     assert result.failed == 0

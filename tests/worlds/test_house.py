@@ -1,6 +1,6 @@
 """house.py: the same tasks on every machine, the rules verb by verb in a room made by hand, the oracle.
 
-What every world has in common is tested in tests/test_envs.py. The oracle is compared with a breadth-first search.
+What every world has in common is tested in tests/test_envs.py.
 """
 
 import copy
@@ -22,25 +22,7 @@ SIZES = pytest.mark.parametrize("config", [DEFAULT, LARGE], ids=["default", "lar
 EXTREMES = [HouseConfig(*size, max_steps=20, task_types=TASK_TYPES) for size in product((6, 60), (2, 60))]
 TYPES = pytest.mark.parametrize("task_type", TASK_TYPES)
 
-# The first train task, played by the oracle.
-TRANSCRIPT = """\
-You are in a room. You see a drawer 1, a microwave 1, a shelf 1, a cabinet 1, a dresser 1, and a sinkbasin 1. The note 1 lies on dresser 1. At the door with nothing. Task: put a clean apple in shelf.
-> go to dresser 1
-You arrive at dresser 1. On the dresser 1, you see a apple 1, and a note 1. At dresser 1 with nothing. Task: put a clean apple in shelf.
-> read note 1
-The note 1 says: apple 1 is at dresser 1. At dresser 1 with nothing. Task: put a clean apple in shelf.
-> take apple 1 from dresser 1
-You pick up the apple 1 from the dresser 1. At dresser 1 with apple 1. Task: put a clean apple in shelf.
-> go to sinkbasin 1
-You arrive at sinkbasin 1. On the sinkbasin 1, you see nothing. At sinkbasin 1 with apple 1. Task: put a clean apple in shelf.
-> clean apple 1 with sinkbasin 1
-You clean the apple 1 using the sinkbasin 1. At sinkbasin 1 with apple 1. Task: put a clean apple in shelf.
-> go to shelf 1
-You arrive at shelf 1. On the shelf 1, you see nothing. At shelf 1 with apple 1. Task: put a clean apple in shelf.
-> move apple 1 to shelf 1
-You move the apple 1 to the shelf 1. At shelf 1 with nothing. Task: put a clean apple in shelf.
-"""  # noqa: E501
-DIGEST = "6447c35c2c270d10768fe2d9c52008d19fd299da408644818a534bc200b1e1f5"  # of `digest()`
+DIGEST = "6447c35c2c270d10768fe2d9c52008d19fd299da408644818a534bc200b1e1f5"  # SHA-256 over 80 episodes
 
 TAKE = "go to desk 1; take apple 1 from desk 1"  # in the kitchen
 PUT = "go to shelf 1; move apple 1 to shelf 1"
@@ -78,12 +60,12 @@ def state(world: House) -> dict:
 
 def oracle_actions(world: House) -> list[str]:
     """The oracle's actions up to the end of the episode. All of them must be valid, and the last one must succeed."""
-    actions, terminated, truncated = [], False, False
-    while not (terminated or truncated):
+    actions, ended = [], False
+    while not ended:
         actions.append(world.oracle()[1])
-        _, reward, terminated, truncated, info = world.step(actions[-1])
-        assert info["valid"]
+        ((_, reward, terminated, truncated, info),) = do(world, actions[-1])
         assert reward == info["success"] == terminated
+        ended = terminated or truncated
     assert terminated
     return actions
 
@@ -100,40 +82,31 @@ def careless_walk(world: House, split: str, seed: int, slip: float, limit: int):
             return
 
 
-def digest() -> str:
-    """SHA-256 over 80 episodes of a player that makes every second step at random."""
-    lines = []
-    for config, split, seed in product([DEFAULT, LARGE], ["train", "eval"], range(20)):
-        lines += [repr(event) for event in careless_walk(House(config), split, seed, 0.5, 30)]
-    return hashlib.sha256("\n".join(lines).encode()).hexdigest()
-
-
 # ------------------------------------------------------------------------------------------------ tasks and splits
 
 
 def test_a_task_is_the_same_text_on_every_machine():
     """Python's own hash() of a text differs between processes, and so did the tasks of a project that used it."""
-    world = House()
-    lines = [world.reset("train", 0)[0]]
-    for action in oracle_actions(fork(world)):
-        lines += [f"> {action}", world.step(action)[0]]
-    assert "\n".join(lines) + "\n" == TRANSCRIPT
-    assert digest() == DIGEST
-
-
-def fingerprints(split: str) -> list[str]:
-    world, found = House(), []
-    for seed in range(400):
-        world.reset(split, seed)
-        found.append(world.fingerprint())
-    return found
+    lines = []
+    for config, split, seed in product([DEFAULT, LARGE], ["train", "eval"], range(20)):
+        lines += [repr(event) for event in careless_walk(House(config), split, seed, 0.5, 30)]
+    assert hashlib.sha256("\n".join(lines).encode()).hexdigest() == DIGEST
 
 
 def test_train_and_eval_share_no_task_and_the_first_eval_tasks_differ(monkeypatch):
     """A project that drew its evaluation goals with repeats from the training goals had seen 64 % of them."""
-    assert len(set(fingerprints("eval")[:256])) == 256
+
+    def fingerprints(split: str, number: int) -> set[str]:
+        found = set()
+        for seed in range(number):
+            world.reset(split, seed)
+            found.add(world.fingerprint())
+        return found
+
+    world = House()
+    assert len(fingerprints("eval", 256)) == 256
     monkeypatch.setattr(House, "fingerprint", lambda world: str(world.goal))  # so coarse that every draw is a repeat
-    assert not set(fingerprints("train")) & set(fingerprints("eval"))
+    assert not fingerprints("train", 400) & fingerprints("eval", 400)
 
 
 @SIZES
@@ -141,27 +114,13 @@ def test_train_and_eval_share_no_task_and_the_first_eval_tasks_differ(monkeypatc
 def test_rooms_have_their_size_and_every_task_type(config, split):
     world, types = House(config), set()
     for seed in range(40):
-        _, info = world.reset(split, seed)
-        types.add(info["task_type"])
-        assert info == {"task_type": world.goal.task_type, "success": False}
+        types.add(world.reset(split, seed)[1]["task_type"])
         assert len(set(world.receptacles)) == config.receptacles
         assert len(set(world.place) - {NOTE, LAMP}) == config.objects
         wanted = [thing for thing in world.place if kind_of(thing) == world.goal.kind]
         assert len(wanted) == world.goal.number
         assert all(kind_of(world.place[thing]) != world.goal.receptacle for thing in wanted)
     assert types == set(config.task_types)
-
-
-def test_the_words_of_the_tasks():
-    assert [str(Goal(task_type, "apple", "shelf")) for task_type in TASK_TYPES] == [
-        "put a apple in shelf.", "examine the apple with the desklamp.", "put a clean apple in shelf.",
-        "put a hot apple in shelf.", "put a cool apple in shelf.", "put two apple in shelf.",
-    ]  # fmt: skip
-
-
-def test_an_unknown_split_is_named():
-    with pytest.raises(ValueError, match=r"'test'.*train, eval"):
-        House().reset("test", 0)
 
 
 # ------------------------------------------------------------------------------------------------ verbs and replies
@@ -265,13 +224,12 @@ def test_every_kind_of_object_suffers_what_its_table_says_and_nothing_else():
 def test_what_lies_in_a_closed_receptacle_is_not_seen_before_it_is_opened(config):
     world, opened = House(config), 0
     for seed in range(15):
-        hidden = None
         for action, (observation, *_) in careless_walk(world, "train", seed, 1.0, 40):
-            if hidden is None:
+            if action is None:
                 hidden = {thing: place for thing, place in world.place.items() if kind_of(place) in house.OPENABLE}
-            if action == f"read {NOTE}":
+            elif action == f"read {NOTE}":
                 break
-            if action and action.startswith("open "):
+            elif action.startswith("open "):
                 hidden = {thing: place for thing, place in hidden.items() if place != action.removeprefix("open ")}
                 opened += 1
             assert not set(re.findall(r"\w+ \d+", observation)) & set(hidden)

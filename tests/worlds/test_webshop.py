@@ -6,8 +6,9 @@ import sys
 
 import numpy as np
 import pytest
+from test_envs import transcript
 
-from envs import make_envs
+from envs import make_envs, oracle_player
 from worlds import webshop
 from worlds.shop import SPLITS
 from worlds.webshop import WebShopAdapter
@@ -106,17 +107,6 @@ def make(checkout):
     return lambda number=1, *settings: make_envs("webshop", [*fixed, *settings], number)
 
 
-def play(env, split, seed):
-    """The oracle's actions, and the answer to the last one."""
-    env.reset(split, seed)
-    actions, ended = [], False
-    while not ended:
-        actions.append(env.oracle()[1])
-        answer = env.step(actions[-1])
-        ended = answer[2] or answer[3]
-    return actions, answer
-
-
 def test_adapter_plays_a_checkout(make):
     state = random.getstate()
     first, second = make(2)
@@ -129,9 +119,11 @@ def test_adapter_plays_a_checkout(make):
     assert [g["instruction_text"] for g in first.goals] == [f"task {i}, price {draws.random()}" for i in range(12)]
     second.reset("train", 0)  # the same goal at the same time
     second.step("search[mug]"), second.step("click[b0]")
-    for seed in (0, 1, 0, np.int64(1)):
-        actions, (last, *answer) = play(first, "train", seed)
-        assert actions == ["search[tall red mug]", "click[B1]", "click[red]", "click[buy now]"]
+    assert first.reset("train", np.int64(1)) == first.reset("train", 1)
+    for seed in (0, 1, 0):
+        _, *steps = transcript(first, "train", seed, oracle_player)
+        assert [step[0] for step in steps] == ["search[tall red mug]", "click[B1]", "click[red]", "click[buy now]"]
+        _, last, *answer = steps[-1]
         assert re.fullmatch(rf"done \[SEP\] task {6 + seed}, price [0-9.]+ \?", last)  # no lone surrogate
         info = {"valid": True, "task_type": "home", "success": True, "score": 1.0}
         assert answer == [1.0, True, False, info]
@@ -159,7 +151,7 @@ def test_adapter_invalid_actions_limit_and_an_engine_that_raises(make):
     env.step("search[x]"), env.step("click[b1]")
     with pytest.raises(KeyError, match="boom"):
         env.step("click[boom]")
-    assert play(env, "test", 1)[1][1] == 1.0  # the next episode is not disturbed
+    assert transcript(env, "test", 1, oracle_player)[-1][2] == 1.0  # the next episode is not disturbed
 
 
 @pytest.mark.parametrize(
