@@ -36,7 +36,7 @@ def main(monkeypatch, capsys):
     """eval.py in this process: what it printed on stdout."""
 
     def call(*argv: str) -> str:
-        monkeypatch.setattr(sys, "argv", ["eval.py", *argv])
+        monkeypatch.setattr(sys, "argv", ["eval.py", *argv, "--threads", "1"])
         evaluation.main()
         return capsys.readouterr().out
 
