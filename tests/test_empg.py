@@ -29,6 +29,7 @@ STEP_TOKENS = st.lists(st.lists(st.tuples(st.integers(-1, 3), ENTROPY), max_size
 TOKEN = st.tuples(st.sampled_from([-1.0, -0.3, -0.1, 0.0, 0.1, 0.22, 1.0]), st.sampled_from([-2.0, -0.5, 0.0, 1.0]))
 TOKENS = st.lists(st.lists(st.none() | TOKEN, max_size=4), min_size=1, max_size=4)
 AGGREGATION = st.sampled_from(["sequence", "token"])
+WIDTHS = st.sampled_from([(0.2, 0.2), (0.2, 0.28), (0.5, 0.1)])  # clip_low, clip_high
 LOGIT = st.floats(-30, 30)
 LOGITS = st.lists(st.tuples(LOGIT, LOGIT | st.just(-INF), LOGIT | st.just(-INF)).map(list), min_size=1, max_size=4)
 
@@ -89,15 +90,12 @@ def test_normalize_entropy_is_min_max_over_the_steps_of_the_batch():
     close(empg.normalize_entropy(tensor([[0.0, 1e-8]], dtype=F64), valid[:1, :2]), [[0.0, 0.5]])
 
 
-def test_gradient_scale_g_is_exp_of_minus_k_h_over_its_mean():
+def test_g_is_exp_of_minus_k_h_over_its_mean_and_f_that_of_the_next_step():
     """Each rank took its own mean: the scales of an unsure rank were 1 on average, not below."""
     # exp(-H) = 1, 1/2, mean 3/4: g = 4/3, 2/3.  k = 2: 1, 1/4, mean 5/8: g = 8/5, 2/5.
     norm_entropy, valid = steps([[0.0, None], [LN2]])
     close(empg.gradient_scale(norm_entropy, valid), [[4 / 3, 0.0], [2 / 3, 0.0]])
     close(empg.gradient_scale(norm_entropy, valid, k=2), [[1.6, 0.0], [0.4, 0.0]])
-
-
-def test_clarity_bonus_f_is_exp_of_minus_k_h_of_the_next_step():
     # f of the next step: exp(-ln 2) = 1/2, exp(0) = 1. No next step (one-step episodes too), or one without tokens: 0.
     norm_entropy, valid = steps([[1.0, LN2, 0.0], [0.3, None, 0.3], [0.3]])
     close(empg.clarity_bonus(norm_entropy, valid), [[0.5, 1.0, 0.0], [0.0, 0.0, 0.0], [0.0, 0.0, 0.0]])
@@ -109,17 +107,16 @@ def test_modulate_is_a_g_plus_zeta_f_minus_its_mean_over_steps():
     # H_norm = 0, 1/2 | 1; with k = k' = 2 ln 2: exp(-k H_norm) = 1, 1/2 | 1/4, mean 7/12, g = 12/7, 6/7 | 3/7,
     # f = 1/2, 0 | 0.  A = 1 | -1, zeta = 0.2: A_mod = 12/7 + 1/10, 6/7 | -3/7, mean 5/7 + 1/30.
     entropy, valid = steps([[1.0, 2.0], [3.0]])
-    final = empg.modulate(tensor([1.0, -1.0], dtype=F64), entropy, valid, k=2 * LN2, k_future=2 * LN2, zeta=0.2)
-    close(final, [[1 + 1 / 15, 1 / 7 - 1 / 30], [-8 / 7 - 1 / 30, 0.0]])
-
-
-def test_without_g_and_f_the_base_advantage_returns_centred_over_steps():
-    # Two steps each: the mean over steps is (1 + 1 - 1 - 1) / 4 = 0, so the base itself.
-    # Three steps and one: the mean over steps is (3 - 1) / 4 = 1/2; over episodes it would be 0.
-    equal, unequal = steps([[1.0, 2.0], [4.0, 3.0]]), steps([[1.0, 2.0, 3.0], [4.0]])
     advantage = tensor([1.0, -1.0], dtype=F64)
-    close(empg.modulate(advantage, *equal, k=0.0, zeta=0.0), [[1.0, 1.0], [-1.0, -1.0]])
-    close(empg.modulate(advantage, *unequal, k=0.0, zeta=0.0), [[0.5, 0.5, 0.5], [-1.5, 0.0, 0.0]])
+    final = empg.modulate(advantage, entropy, valid, k=2 * LN2, k_future=2 * LN2, zeta=0.2)
+    close(final, [[1 + 1 / 15, 1 / 7 - 1 / 30], [-8 / 7 - 1 / 30, 0.0]])
+    # Without g and f the base advantage returns, centred over steps. Two steps each: the mean is 0, so the base itself.
+    # Three steps and one: the mean over steps is (3 - 1) / 4 = 1/2; over episodes it would be 0.
+    for rows, final in (
+        ([[1.0, 2.0], [4.0, 3.0]], [[1.0, 1.0], [-1.0, -1.0]]),
+        ([[1.0, 2.0, 3.0], [4.0]], [[0.5, 0.5, 0.5], [-1.5, 0.0, 0.0]]),
+    ):
+        close(empg.modulate(advantage, *steps(rows), k=0.0, zeta=0.0), final)
 
 
 def loop_modulation(rows: list[list], k: float, k_future: float, zeta: float) -> list[Tensor]:
@@ -233,20 +230,25 @@ def test_policy_loss_is_minus_the_smaller_of_ratio_a_and_clipped_ratio_a():
 
 
 @QUICK
-@given(rows=TOKENS, widths=st.sampled_from([(0.2, 0.2), (0.2, 0.28), (0.5, 0.1)]), aggregation=AGGREGATION)
-@example(rows=[[None, None], []], widths=(0.2, 0.2), aggregation="sequence")  # nothing sampled: loss and gradient 0
-@example(rows=[[None, None], []], widths=(0.2, 0.28), aggregation="token")
-@example(rows=[[(-1.0, 0.0), (1.0, 0.0)]], widths=(0.2, 0.28), aggregation="token")  # beyond a bound, without advantage
-def test_policy_loss_and_gradient_match_loops(rows, widths, aggregation):
+@given(rows=TOKENS, widths=WIDTHS, aggregation=AGGREGATION, size=st.integers(1, 4))
+@example(rows=[[None, None], []], widths=(0.2, 0.2), aggregation="sequence", size=2)  # nothing sampled: 0
+@example(rows=[[None, None], []], widths=(0.2, 0.28), aggregation="token", size=2)
+@example(rows=[[(-1.0, 0.0), (1.0, 0.0)]], widths=(0.2, 0.28), aggregation="token", size=1)  # without advantage
+def test_policy_loss_and_gradient_match_loops_for_any_micro_batch_split(rows, widths, aggregation, size):
     """At ratio 1 the gradient is REINFORCE's, -A; beyond the bound that binds it is 0.
 
-    exp(inf) * 0 is nan: multiplied by the mask after exp, one padded position spoilt the batch.
+    exp(inf) * 0 is nan: multiplied by the mask after exp, one padded position spoilt the batch. A mean of micro-batch
+    means weighs a token by the company that it keeps: the normalizer comes from outside.
     """
     (low, high), batch = widths, tokens(rows)
-    loss, metrics = empg.policy_loss(*batch, clip_low=low, clip_high=high, aggregation=aggregation)
+    normalizer = empg.loss_normalizer(batch[3], aggregation)
+    options = {"clip_low": low, "clip_high": high, "aggregation": aggregation, "normalizer": normalizer}
+    micro_batches = zip(*(part.split(size) for part in batch), strict=True)
+    losses, metrics = zip(*(empg.policy_loss(*part, **options) for part in micro_batches), strict=True)
     expected, expected_grad = loop_loss(rows, low, high, aggregation)
-    close(loss, expected)
-    close(torch.autograd.grad(loss, batch[0])[0], expected_grad)
+    close(sum(losses), expected)
+    close(torch.autograd.grad(sum(losses), batch[0])[0], expected_grad)
+    metrics = {name: sum(part[name] for part in metrics) for name in metrics[0]}
     sampled = [token for row in rows for token in row if token]
     assert metrics["tokens"] == len(sampled)
     assert metrics["clip_low"] == sum(log_ratio < math.log(1 - low) and a < 0 for log_ratio, a in sampled)
@@ -262,19 +264,6 @@ def test_policy_loss_of_a_far_off_ratio_is_finite(advantage):
     loss.backward()
     assert loss.isfinite()
     assert logp.grad.isfinite().all()
-
-
-@QUICK
-@given(rows=TOKENS, size=st.integers(1, 4), aggregation=AGGREGATION)
-def test_any_micro_batch_split_gives_the_same_loss_and_gradient(rows, size, aggregation):
-    """A mean of micro-batch means weighs a token by the company that it keeps: the normalizer comes from outside."""
-    batch = tokens(rows)
-    normalizer = empg.loss_normalizer(batch[3], aggregation)
-    parts = zip(*(part.split(size) for part in batch), strict=True)
-    loss = sum(empg.policy_loss(*part, aggregation=aggregation, normalizer=normalizer)[0] for part in parts)
-    expected, expected_grad = loop_loss(rows, 0.2, 0.2, aggregation)
-    close(loss, expected)
-    close(torch.autograd.grad(loss, batch[0])[0], expected_grad)
 
 
 @QUICK
@@ -318,21 +307,6 @@ def loop_softmax(logits: list[float], temperature: float) -> list[float]:
     return [w / math.fsum(weights) for w in weights]
 
 
-def loop_entropy(probabilities: list[float]) -> float:
-    return -sum(p * math.log(p) for p in probabilities if p > 0)
-
-
-@QUICK
-@given(rows=LOGITS)
-def test_expected_score_norm_is_the_mean_squared_gradient_of_proposition_1(rows):
-    logits = tensor([[row] * 3 for row in rows], dtype=F64, requires_grad=True)  # (B, 3, V = 3), to sample each token
-    logp, _ = empg.token_logp_and_entropy(logits, torch.arange(3).repeat(len(rows), 1))
-    score = torch.autograd.grad(logp.sum(), logits)[0]
-    norm = empg.expected_score_norm(logits[:, 0])
-    close(norm, (logp.exp() * score.square().sum(-1)).sum(-1))
-    assert ((norm >= -1e-12) & (norm <= 2 / 3 + 1e-12)).all()
-
-
 @pytest.mark.parametrize("temperature", [1.0, 2.0])
 def test_logp_entropy_and_score_norm_of_a_half_and_two_quarters(temperature):
     """A project logged -log p of the sampled token as "entropy": a rare token of a sure policy looked unsure."""
@@ -348,15 +322,21 @@ def test_logp_entropy_and_score_norm_of_a_half_and_two_quarters(temperature):
 
 
 @QUICK
-@given(rows=LOGITS, a=st.integers(0, 2), temperature=st.sampled_from([0.5, 1.0, 3.0]))
-@example(rows=[[5.0, 5.0, 5.0], [0.0, 0.0, -INF]], a=0, temperature=1.0)  # uniform: ln 3, and ln 2 with one banned
-def test_logp_and_entropy_match_loops_and_bounds(rows, a, temperature):
-    logits, ids = tensor([rows], dtype=F64), torch.full((1, len(rows)), a)
+@given(rows=LOGITS, temperature=st.sampled_from([0.5, 1.0, 3.0]))
+@example(rows=[[5.0, 5.0, 5.0], [0.0, 0.0, -INF]], temperature=1.0)  # uniform: ln 3, and ln 2 with one banned
+def test_logp_entropy_and_score_norm_match_loops_and_bounds(rows, temperature):
+    logits = tensor([[row] * 3 for row in rows], dtype=F64, requires_grad=True)  # (B, 3, V = 3), to sample each token
+    ids = torch.arange(3).repeat(len(rows), 1)
     logp, entropy = empg.token_logp_and_entropy(logits, ids, temperature)
     ps = [loop_softmax(row, temperature) for row in rows]
-    close(logp.exp(), [[p[a] for p in ps]], rtol=1e-9, atol=0)
-    close(entropy, [[loop_entropy(p) for p in ps]])
+    close(logp.exp(), ps, rtol=1e-9, atol=0)
+    close(entropy, [[-sum(x * math.log(x) for x in p if x > 0)] * 3 for p in ps])
     assert ((entropy >= -1e-12) & (entropy <= math.log(3) + 1e-12)).all()
+    # Proposition 1: the mean squared norm of the gradient with respect to logits / temperature.
+    score = temperature * torch.autograd.grad(logp.sum(), logits)[0]
+    norm = empg.expected_score_norm(logits[:, 0] / temperature)
+    close(norm, (logp.exp() * score.square().sum(-1)).sum(-1))
+    assert ((norm >= -1e-12) & (norm <= 2 / 3 + 1e-12)).all()
 
 
 @pytest.mark.parametrize("chunk_elements", [1, 7, 9, 2**22])  # of 3 * 4 * 3: by token, by 2, by 3, all at once

@@ -5,7 +5,7 @@ import math
 import os
 import subprocess
 import sys
-from dataclasses import asdict, replace
+from dataclasses import asdict
 from pathlib import Path
 from statistics import NormalDist
 
@@ -20,22 +20,15 @@ from eval import by_split, compare, first_tasks, summarize, table, wilson_interv
 ROOT = Path(__file__).parent.parent
 
 
-def made_up(success: bool, valid: list[bool], task_type: str = "toy", seed: int = 0) -> Episode:
-    """An episode with a step, valid or not, for each entry."""
+def made_up(success: bool, valid: list[bool], task_type: str = "toy", seed: int = 0, split="eval", **info) -> Episode:
+    """An episode with a step, valid or not, for each entry; `info` is what its environment reports beside success."""
     steps = [Step("", "", "", v, 0, 0, 0.0) for v in valid]
-    info = {"task_type": task_type, "success": success}
-    return Episode(Task("toy", "eval", seed), "", steps, float(success), terminated=True, info=info)
+    info |= {"task_type": task_type, "success": success}
+    return Episode(Task("toy", split, seed), "", steps, float(success), terminated=True, info=info)
 
 
 def outcomes(successes: list[int]) -> list[Episode]:
     return [made_up(bool(success), [True], seed=seed) for seed, success in enumerate(successes)]
-
-
-def run(*argv: str) -> subprocess.CompletedProcess:
-    """eval.py as a user starts it, without a network."""
-    environment = os.environ | {"HF_HUB_OFFLINE": "1"}
-    command = [sys.executable, "eval.py", *argv]
-    return subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, check=False)
 
 
 @pytest.fixture
@@ -43,7 +36,7 @@ def main(monkeypatch, capsys):
     """eval.py in this process: what it printed on stdout."""
 
     def call(*argv: str) -> str:
-        monkeypatch.setattr(sys, "argv", ["eval.py", *argv])
+        monkeypatch.setattr(sys, "argv", ["eval.py", *argv, "--threads", "1"])
         evaluation.main()
         return capsys.readouterr().out
 
@@ -55,10 +48,17 @@ def main(monkeypatch, capsys):
 
 @pytest.mark.parametrize(
     ("successes", "number", "low", "high"),
-    [(81, 263, 0.2553, 0.3662), (15, 148, 0.0624, 0.1605), (0, 20, 0.0000, 0.1611), (1, 29, 0.0061, 0.1718)],
+    [
+        # Newcombe 1998 (Statistics in Medicine 17, 857-872), Table I, method 3
+        (81, 263, 0.2553, 0.3662),
+        (15, 148, 0.0624, 0.1605),
+        (0, 20, 0.0000, 0.1611),
+        (1, 29, 0.0061, 0.1718),
+        (10, 10, 0.7225, 1.0000),  # n of n: from n / (n + z^2), z^2 = 3.8415
+        (0, 0, 0.0000, 1.0000),  # of nothing, nothing is known
+    ],
 )
-def test_wilson_interval_as_published(successes, number, low, high):
-    """Newcombe 1998 (Statistics in Medicine 17, 857-872), Table I, method 3."""
+def test_wilson_interval_as_published_and_by_hand(successes, number, low, high):
     assert wilson_interval(successes, number) == pytest.approx((low, high), abs=5.1e-5)
 
 
@@ -74,21 +74,11 @@ def test_wilson_interval_solves_its_equation(number):
         assert interval[0] < interval[1]
 
 
-def test_wilson_interval_at_the_edges():
-    # 0 of n: from 0 to z^2 / (n + z^2); z^2 = 3.8415, n = 10: 0.2775. Of nothing, nothing is known.
-    assert wilson_interval(0, 10) == pytest.approx((0, 0.2775), abs=5e-5)
-    assert wilson_interval(10, 10) == pytest.approx((0.7225, 1), abs=5e-5)
-    assert wilson_interval(0, 0) == (0, 1)
-
-
 def test_summarize_by_hand():
     # a: 1 of 2 successes, 3 + 1 steps of which 1 is invalid; b: 1 of 1, 2 steps.
-    episodes = [
-        made_up(True, [True, False, True], "a"),
-        made_up(True, [True, True], "b"),
-        made_up(False, [True], "a"),
-    ]
-    summary = summarize(episodes)
+    summary = summarize(
+        [made_up(True, [True, False, True], "a"), made_up(True, [True] * 2, "b"), made_up(False, [True], "a")]
+    )
     types = summary.pop("task_types")
     names = ("episodes", "success", "success_low", "success_high", "steps", "invalid", "errors")
     assert summary == pytest.approx(dict(zip(names, (3, 2 / 3, *wilson_interval(2, 3), 2, 1 / 6, 0), strict=True)))
@@ -104,26 +94,17 @@ def test_summarize_takes_episodes_without_steps_and_no_episodes():
     assert (nothing["success_low"], nothing["success_high"]) == (0, 1)
 
 
-def reporting(split: str, success: bool, seed: int = 0, **info) -> Episode:
-    """An episode of a split whose environment reports more than success."""
-    episode = made_up(success, [True], seed=seed)
-    return replace(episode, task=Task("toy", split, seed), info=episode.info | info)
-
-
 def test_score_f1_and_errors_are_summed_up_where_they_are_reported():
-    # Scores 1 and 0.25: 100 x 1.25 / 2. F1 is missing in one episode, so it is not known of all.
-    episodes = [reporting("eval", True, score=1.0, f1=1.0), reporting("eval", False, score=0.25, error="E: gone")]
+    # Scores 1 and 0.25: 100 x 1.25 / 2. F1 is missing in one episode, which counts 0.
+    episodes = [made_up(True, [True], score=1.0, f1=1.0), made_up(False, [True], score=0.25, error="E: gone")]
     summary = summarize(episodes)
-    assert (summary["score"], summary["errors"]) == (62.5, 1)
-    assert "f1" not in summarize([reporting("eval", True, score=1.0)])
-    assert summary["f1"] == 0.5  # an episode without counts 0
-    f1 = [reporting("eval", True, f1=1.0), reporting("eval", False, f1=0.5)]
-    assert summarize(f1)["f1"] == 0.75
+    assert (summary["score"], summary["f1"], summary["errors"]) == (62.5, 0.5, 1)
+    assert "f1" not in summarize([made_up(True, [True], score=1.0)])
 
 
 def test_episodes_by_split_with_all_and_what_is_out_of_distribution():
     splits = lambda episodes: {name: len(part) for name, part in by_split(episodes).items()}  # noqa: E731
-    some = lambda split, number: [reporting(split, True, seed) for seed in range(number)]  # noqa: E731
+    some = lambda split, number: [made_up(True, [True], split=split)] * number  # noqa: E731
     assert splits(some("eval", 2)) == {"eval": 2}
     assert splits(some("valid_seen", 2) + some("valid_unseen", 3)) == {"valid_seen": 2, "valid_unseen": 3, "overall": 5}
     assert splits(some("train", 1) + some("eval", 2) + some("ood_comp", 3)) == {
@@ -163,6 +144,10 @@ def test_compare_by_hand():
     assert (result["difference"], result["gained"], result["lost"]) == (pytest.approx(0.4), 3, 1)
     assert result["p"] == pytest.approx(0.625)
     assert result["low"] < 0.4 < result["high"]
+    same = outcomes([1, 0, 1])  # a player does not differ from itself
+    assert compare(same, same) == {"difference": 0, "low": 0, "high": 0, "gained": 0, "lost": 0, "p": 1}
+    result = compare(outcomes([0]), outcomes([1]))  # nothing is known from one task
+    assert (result["difference"], result["low"], result["high"]) == (1, -1, 1)
 
 
 @pytest.mark.parametrize(("gained", "lost"), [(1, 0), (0, 5), (6, 0), (5, 2), (3, 3), (2, 9)])
@@ -183,16 +168,6 @@ def test_the_bootstrap_interval_has_the_quantiles_of_the_resampled_mean():
     assert (result["low"], result["high"]) == pytest.approx((0.25, 0.75))
 
 
-def test_a_player_does_not_differ_from_itself():
-    same = outcomes([1, 0, 1])
-    assert compare(same, same) == {"difference": 0, "low": 0, "high": 0, "gained": 0, "lost": 0, "p": 1}
-
-
-def test_nothing_is_known_from_one_task():
-    result = compare(outcomes([0]), outcomes([1]))
-    assert (result["difference"], result["low"], result["high"]) == (1, -1, 1)
-
-
 def test_only_players_of_the_same_tasks_are_compared():
     """Two means over different tasks differ for the tasks' sake."""
     same = outcomes([1, 0, 1])
@@ -202,28 +177,27 @@ def test_only_players_of_the_same_tasks_are_compared():
 
 
 def test_table_has_a_row_for_each_task_type_of_any_player_and_for_each_measure():
-    first, second = [made_up(True, [True], "a")] * 2, [made_up(False, [False] * 3, "b")]
+    first, second = [made_up(True, [True], "a")] * 2, [made_up(False, [False] * 3, "b", score=0.5, f1=0.25)]
     rows = [line.split("|") for line in table({"x": summarize(first), "y": summarize(second)}).split("\n")]
-    names = ["", "task type", "a", "b", "all", "steps", "invalid actions, %", "errors"]
+    names = ["", "task type", "a", "b", "all", "score", "F1, %", "steps", "invalid actions, %", "errors"]
     assert [row[0].strip() for row in rows if len(row) == 3] == names
     # Wilson: 2 of 2 from 2 / (2 + z^2) = 34.2 %; 0 of 1 to z^2 / (1 + z^2) = 79.3 %.
     cells = {row[0].strip(): [cell.split() for cell in row[1:]] for row in rows}
     assert cells["a"] == [["100.0", "[34.2,", "100.0]", "2"], []]
     assert cells["b"] == [[], ["0.0", "[0.0,", "79.3]", "1"]]
+    assert (cells["score"], cells["F1, %"]) == ([[], ["50.0"]], [[], ["25.0"]])
     assert (cells["steps"], cells["invalid actions, %"]) == ([["1.0"], ["3.0"]], [["0.0"], ["100.0"]])
-
-
-def test_table_shows_score_and_f1_where_there_are_some():
-    text = table({"x": summarize([reporting("eval", False, score=0.5, f1=0.25)]), "y": summarize(outcomes([1]))})
-    cells = {line.split("|")[0].strip(): [cell.strip() for cell in line.split("|")[1:]] for line in text.split("\n")}
-    assert (cells["score"], cells["F1, %"]) == (["50.0", ""], ["25.0", ""])
+    assert "score" not in table({"x": summarize(first)})
 
 
 # ------------------------------------------------------------------------------------------------------- command line
 
 
 def test_the_oracle_by_the_command_line(tmp_path):
-    done = run("--policy", "oracle", "--tasks", "20", "--json", str(tmp_path / "r"), "--episodes", str(tmp_path / "e"))
+    """As a user starts it, without a network."""
+    flags = ["--policy", "oracle", "--tasks", "20", "--json", str(tmp_path / "r"), "--episodes", str(tmp_path / "e")]
+    environment, command = os.environ | {"HF_HUB_OFFLINE": "1"}, [sys.executable, "eval.py", *flags]
+    done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
     lines = done.stdout.rstrip("\n").split("\n")
     result = json.loads(lines[-1])
@@ -237,10 +211,8 @@ def test_the_oracle_by_the_command_line(tmp_path):
     assert summarize(episodes) == result["oracle"]
 
 
-def test_two_players_by_the_command_line():
-    done = run("--compare", "oracle", "random", "--tasks", "20")
-    assert done.returncode == 0, done.stderr
-    lines = done.stdout.rstrip("\n").split("\n")
+def test_two_players_by_the_command_line(main):
+    lines = main("--compare", "oracle", "random", "--tasks", "20").rstrip("\n").split("\n")
     result = json.loads(lines[-1])
     pair = result["paired"]
     assert pair["difference"] == pytest.approx(result["random"]["success"] - result["oracle"]["success"])
@@ -267,14 +239,6 @@ def test_every_held_out_split_is_a_column(main):
     one = json.loads(main("--policy", "oracle", "--split", "ood_hops", "--tasks", "5", *argv).split("\n")[-2])
     assert list(one["oracle"]["task_types"]) == ["3 hops"]
     assert "splits" not in one["oracle"]
-
-
-def test_a_missing_checkpoint_by_the_command_line(tmp_path):
-    done = run("--policy", str(tmp_path / "none"), "--tasks", "1")
-    assert done.returncode == 1
-    assert done.stdout == ""
-    assert done.stderr.count("\n") == 1
-    assert done.stderr.startswith(f"no policy at '{tmp_path / 'none'}': ")
 
 
 def test_a_checkpoint_is_played_the_same_in_batches_of_any_size(main, house_policy, tmp_path):
@@ -327,7 +291,7 @@ def test_a_bad_argument_ends_with_a_line_that_names_it(main, capsys, argv, messa
 @pytest.mark.parametrize(
     ("argv", "message"),
     [
-        (["--policy", "."], r"no policy at '\.': .+"),
+        (["--policy", "tests"], "no policy at 'tests': .+"),
         (["--env", "search", "--questions", "none.json"], "no such file: none.json"),
         (["--env", "webshop", "--data", "nowhere"], "nowhere has neither items_shuffle_1000.json nor .*"),
         (["--env", "webshop", "--webshop-root", "nowhere"], "nowhere holds no WebShop.*"),
@@ -357,17 +321,14 @@ def saved(folder: Path, **flags) -> Path:
 def test_a_checkpoint_brings_its_own_evaluation_and_flags_go_before_it(tmp_path):
     env_args = ["entities=120", "syllables=12"]
     own = {"seed": 7, "temperature": 0.5, "max_step_tokens": 20, "max_tokens": 300, "batch_size": 5}
-    run = saved(
-        tmp_path / "checkpoint-000001", env="search", env_args=env_args, eval_tasks=9, eval_split="ood_comp", **own
-    )
+    search = {"env": "search", "env_args": env_args, "eval_tasks": 9, "eval_split": "ood_comp"}
+    run = saved(tmp_path / "checkpoint-000001", **search, **own)
     config = parse_eval_config(["--policy", str(run)])
     expected = own | {"env": "search", "env_args": env_args, "split": ["ood_comp"], "tasks": 9}
     assert {name: getattr(config, name) for name in expected} == expected
     config = parse_eval_config(["--policy", str(run), "--max-tokens", "400", "--split", "eval", "--seed=1"])
     assert (config.max_tokens, config.split, config.seed, config.tasks) == (400, ["eval"], 1, 9)
-    other = parse_eval_config(
-        ["--policy", str(run), "--env", "house"]
-    )  # its limits, and the other world's own settings
+    other = parse_eval_config(["--policy", str(run), "--env", "house"])  # its limits, the other world's own settings
     assert (other.env_args, other.split, other.tasks, other.max_tokens) == ([], [], 256, 300)
 
 

@@ -64,36 +64,22 @@ def talker(request, dialogues, tiny) -> Policy:
     return tiny if request.param == "tiny" else Policy(None, chatml_tokenizer(dialogues))
 
 
-def messages(texts: Dialogue) -> list[dict]:
-    roles = ["system", *["user", "assistant"] * len(texts)]
-    return [{"role": role, "content": text} for role, text in zip(roles, texts, strict=False)]
-
-
 def rendered(policy: Policy, texts: Dialogue, open_response: bool) -> list[int]:
     """Ids of the template's own rendering of the whole dialogue, tokenised in one piece."""
-    template = policy.tokenizer.apply_chat_template
-    text = template(messages(texts), tokenize=False, add_generation_prompt=open_response)
+    roles = ["system", *["user", "assistant"] * len(texts)]
+    messages = [{"role": role, "content": text} for role, text in zip(roles, texts, strict=False)]
+    text = policy.tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=open_response)
     return policy.tokenizer(text, add_special_tokens=False)["input_ids"]
 
 
 def special_ids(policy: Policy) -> set[int]:
-    added = policy.tokenizer.added_tokens_decoder
-    return {i for i, token in added.items() if token.special}
-
-
-def weights(policy: Policy) -> dict[str, torch.Tensor]:
-    return policy.model.state_dict()
-
-
-def same_weights(one: Policy, other: Policy) -> bool:
-    a, b = weights(one), weights(other)
-    return a.keys() == b.keys() and all(torch.equal(a[name], b[name]) for name in a)
+    return {i for i, token in policy.tokenizer.added_tokens_decoder.items() if token.special}
 
 
 # ----------------------------------------------------------------------------------------------------- texts as ids
 
 
-def test_no_text_becomes_a_special_token(talker):
+def test_no_text_becomes_a_special_token_and_each_is_decoded_to_itself(talker, dialogues):
     """An observation that says `<|im_end|>` would end the turn, and the next words would be taken for the system's."""
     names = {talker.tokenizer.added_tokens_decoder[i].content for i in special_ids(talker)}
     assert set(SPECIAL_TOKENS) <= names
@@ -104,11 +90,7 @@ def test_no_text_becomes_a_special_token(talker):
         count = lambda ids: sum(i in special_ids(talker) for i in ids)  # noqa: E731
         assert count(full) == count(empty) > 0
         assert count(talker.opening("".join(names), ["".join(names)])[0]) == count(talker.opening("", [""])[0]) > 0
-    assert [talker.decode(ids) for ids in talker.encode(texts)] == texts
-
-
-def test_encoded_texts_are_decoded_to_themselves_without_outer_white_space(talker, dialogues):
-    texts = ODD_TEXTS + dialogues[0]
+    texts += ODD_TEXTS + dialogues[0]
     assert [talker.decode(ids) for ids in talker.encode(texts)] == [text.strip() for text in texts]
 
 
@@ -162,17 +144,14 @@ def test_ids_are_those_of_the_template(talker, dialogues):
 
 def test_a_dialogue_says_what_was_sampled_the_stop_token_included(talker, dialogues):
     """A project found the padding by the stop token's id, and so never trained a policy to end its turn."""
+    stop = talker.tokenizer.convert_ids_to_tokens(talker.stop_id)
+    assert stop == ("<|im_end|>" if "im_end" in talker.tokenizer.chat_template else "<|end|>")
     for texts in dialogues:
         ids, sampled = talker.dialogue(texts)
         assert len(ids) == len(sampled)
         responses = [[*talker.encode([text])[0], talker.stop_id] for text in texts[2::2]]
         assert [i for i, s in zip(ids, sampled, strict=True) if s] == [i for response in responses for i in response]
         assert sum(a < b for a, b in zip([False, *sampled], sampled, strict=False)) == len(responses)  # apart
-
-
-def test_the_stop_token_is_the_one_of_the_template(talker):
-    stop = talker.tokenizer.convert_ids_to_tokens(talker.stop_id)
-    assert stop == ("<|im_end|>" if "im_end" in talker.tokenizer.chat_template else "<|end|>")
 
 
 # ----------------------------------------------------------------------------------------------- templates refused
@@ -182,30 +161,27 @@ TURN = "{{ '<|im_start|>' + message.role + '\\n' + message.content + '<|im_end|>
 END = "{% endfor %}{% if add_generation_prompt %}{{ '<|im_start|>assistant\\n' }}{% endif %}"
 
 
+BAD = r"chat template (drops|rewrites)"
+NO_SYSTEM = LOOP + "{% if message.role != 'system' %}"
+
+
 @pytest.mark.parametrize(
-    "template",
+    ("template", "problem"),
     [
-        LOOP + "{% if message.role != 'assistant' or loop.last %}" + TURN + "{% endif %}" + END,
-        LOOP + "{% if loop.revindex <= 2 %}" + TURN + "{% endif %}" + END,
-        LOOP + "{% if message.role != 'system' %}" + TURN + "{% endif %}" + END,
-        LOOP + TURN.replace("content", "content[:8]") + END,
-        "{{ messages | length }} turns\n" + LOOP + TURN + END,
-        LOOP + "{{ loop.revindex }}" + TURN + END,
-        LOOP
-        + "{% if message.role != 'system' %}{{ message.content }}{% endif %}{% endfor %}{{ messages[0].content }}"
-        + END[12:],
-        LOOP + TURN + END.replace("if add", "if messages | length < 3 and add"),
+        (LOOP + "{% if message.role != 'assistant' or loop.last %}" + TURN + "{% endif %}" + END, BAD),
+        (LOOP + "{% if loop.revindex <= 2 %}" + TURN + "{% endif %}" + END, BAD),  # the last two
+        (NO_SYSTEM + TURN + "{% endif %}" + END, BAD),
+        (LOOP + TURN.replace("content", "content[:8]") + END, BAD),
+        ("{{ messages | length }} turns\n" + LOOP + TURN + END, BAD),
+        (LOOP + "{{ loop.revindex }}" + TURN + END, BAD),  # numbers from the end
+        (NO_SYSTEM + "{{ message.content }}{% endif %}{% endfor %}{{ messages[0].content }}" + END[12:], BAD),
+        (LOOP + TURN + END.replace("if add", "if messages | length < 3 and add"), BAD),
+        (None, "no chat template"),
     ],
-    ids=["drops-responses", "last-two", "no-system", "cuts", "counts", "numbers-from-the-end", "system-last", "prompt"],
 )
-def test_a_template_that_rewrites_or_drops_turns_is_refused(dialogues, template):
-    with pytest.raises(ValueError, match=r"chat template (drops|rewrites)"):
+def test_a_template_that_rewrites_or_drops_turns_is_refused(dialogues, template, problem):
+    with pytest.raises(ValueError, match=problem):
         Policy(None, chatml_tokenizer(dialogues, template))
-
-
-def test_a_tokenizer_without_template_is_refused(dialogues):
-    with pytest.raises(ValueError, match="no chat template"):
-        Policy(None, chatml_tokenizer(dialogues, None))
 
 
 # ------------------------------------------------------------------------------------------------------- save, load
@@ -220,7 +196,9 @@ def test_what_is_saved_is_what_is_loaded(tmp_path, tiny, dialogues):
     assert loaded.encode(texts) == tiny.encode(texts)
     assert [loaded.dialogue(texts) for texts in dialogues] == [tiny.dialogue(texts) for texts in dialogues]
     assert loaded.stop_id == tiny.stop_id
-    assert same_weights(loaded, tiny)
+    weights, expected = loaded.model.state_dict(), tiny.model.state_dict()
+    assert weights.keys() == expected.keys()
+    assert all(torch.equal(weights[name], expected[name]) for name in expected)
 
 
 @pytest.mark.parametrize(

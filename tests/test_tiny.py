@@ -13,12 +13,8 @@ TINY = TinyConfig(vocab_size=320, hidden_size=16, layers=1, intermediate_size=32
 TOLD = [["RULES OF THE GAME", "LEFT OR RIGHT", "left or right", *["ONCE MORE", "once more"] * n] for n in range(1, 5)]
 
 
-def weights(policy: Policy) -> dict[str, torch.Tensor]:
-    return policy.model.state_dict()
-
-
 def same_weights(one: Policy, other: Policy) -> bool:
-    a, b = weights(one), weights(other)
+    a, b = one.model.state_dict(), other.model.state_dict()
     return a.keys() == b.keys() and all(torch.equal(a[name], b[name]) for name in a)
 
 
@@ -43,21 +39,17 @@ def test_the_seed_alone_decides_the_weights():
 # ------------------------------------------------------------------------------------------------------- warm start
 
 
-def test_a_warm_start_is_the_same_in_every_cache(build):
+def test_a_warm_start_is_the_same_in_every_cache_built_once_and_then_plays_nothing(build, tmp_path):
     torch.manual_seed(1)
     one = build(cache="one")
     torch.manual_seed(2)
     other = build(cache="two/deep")
     assert one.name == other.name
     assert same_weights(load_policy(str(one)), load_policy(str(other)))
-
-
-def test_a_warm_start_is_built_once_and_then_plays_nothing(build, tmp_path):
-    folder = build()
-    times = {path: path.stat().st_mtime_ns for path in (folder, *folder.iterdir())}
-    assert warm_start({"world": "coin"}, None, TINY, 0, tmp_path / "cache") == folder  # None cannot be called
-    assert {path: path.stat().st_mtime_ns for path in (folder, *folder.iterdir())} == times
-    assert list((tmp_path / "cache").iterdir()) == [folder]
+    times = {path: path.stat().st_mtime_ns for path in (one, *one.iterdir())}
+    assert warm_start({"world": "coin"}, None, TINY, 0, tmp_path / "one") == one  # None cannot be called
+    assert {path: path.stat().st_mtime_ns for path in (one, *one.iterdir())} == times
+    assert list((tmp_path / "one").iterdir()) == [one]
 
 
 def test_every_part_of_the_definition_counts(build, monkeypatch):
