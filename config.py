@@ -130,7 +130,7 @@ class TrainConfig(WorldConfig):
         default=0.0, metadata={"help": "weight of k3 to the first policy, per nat; 0 loads no reference"}
     )
     # sampling
-    iterations: int = field(default=80, metadata={"help": "batches of episodes to learn from"})
+    iterations: int = field(default=60, metadata={"help": "batches of episodes to learn from"})
     tasks_per_iteration: int = field(
         default=8, metadata={"help": "tasks, thus groups, of an iteration, over all ranks"}
     )
@@ -142,7 +142,7 @@ class TrainConfig(WorldConfig):
     # the update
     learning_rate: float = field(default=4e-4, metadata={"help": "of AdamW"})
     epochs: int = field(default=1, metadata={"help": "passes over the episodes of an iteration"})
-    mini_batches: int = field(default=1, metadata={"help": "optimizer steps of a pass"})
+    mini_batches: int = field(default=2, metadata={"help": "optimizer steps of a pass"})
     micro_batch_size: int = field(default=16, metadata={"help": "episodes of one forward and backward pass, per rank"})
     max_grad_norm: float = field(default=1.0, metadata={"help": "gradients are scaled down to this norm"})
     gradient_checkpointing: bool = field(default=False, metadata={"help": "compute activations twice to save memory"})
