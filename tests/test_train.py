@@ -32,6 +32,7 @@ SMALL = {
     "iterations": 2,
     "tasks_per_iteration": 3,
     "group_size": 4,
+    "mini_batches": 1,
     "demonstrations": 240,
     "slip": 0.6,
     "eval_tasks": 6,
