@@ -88,7 +88,7 @@ def generate_loop(policy: Policy, envs: list[Env], tasks: list[Task], config: Tr
 
 def our_rollout(policy: Policy, envs: list[Env], tasks: list[Task], config: TrainConfig, seed: int) -> list[Episode]:
     """rollout.py with the settings of the default run."""
-    seeds = [(seed, task.seed) for task in tasks]
+    seeds = [(seed, number) for number in range(len(tasks))]
     limits = {"max_step_tokens": config.max_step_tokens, "max_tokens": config.max_tokens}
     return rollout(policy, envs, tasks, seeds, temperature=config.temperature, **limits)
 
@@ -96,7 +96,7 @@ def our_rollout(policy: Policy, envs: list[Env], tasks: list[Task], config: Trai
 def measure_rollout(bench: BenchConfig, config: TrainConfig, policy: Policy) -> dict:
     """Sampled tokens a second of both loops, and the share of ours that is spent in bare model forwards."""
     envs = make_envs(config.env, config.settings, bench.environments)
-    tasks = [Task(config.env, "train", seed) for seed in range(bench.environments)]
+    tasks = [Task(config.env, "train", seed // config.group_size) for seed in range(bench.environments)]  # groups
     ours, theirs, shares = [], [], []
     forward, in_forward = policy.model.forward, [0.0]
 

@@ -155,7 +155,7 @@ class TrainConfig(WorldConfig):
     # evaluation and records
     eval_split: str = field(default="", metadata={"help": "split of the held-out tasks; default: the first of them"})
     eval_tasks: int = field(default=256, metadata={"help": "held-out tasks, the first of the split"})
-    eval_every: int = field(default=20, metadata={"help": "iterations between evaluations"})
+    eval_every: int = field(default=30, metadata={"help": "iterations between evaluations"})
     checkpoint_every: int = field(default=20, metadata={"help": "iterations between checkpoints"})
     report_to: Literal["none", "tensorboard", "wandb"] = field(
         default="none", metadata={"help": "tracker beside the file"}
