@@ -15,7 +15,7 @@ from typing import Literal, TypeVar
 
 from transformers import HfArgumentParser
 
-from empg import AGGREGATIONS
+from empg import AGGREGATIONS, NORMALIZATIONS
 from envs import ENVIRONMENTS, held_out_splits, make_config, require_split
 
 Config = TypeVar("Config")
@@ -106,9 +106,17 @@ class TrainConfig(WorldConfig):
     # the method
     algorithm: str = field(default="grpo", metadata={"help": f"{' or '.join(ALGORITHMS)}: sets the flags marked *"})
     empg: bool = field(default=True, metadata={"help": "modulate the advantage by step entropy"})
-    k: float = field(default=1.0, metadata={"help": "sharpness of g(H), dimensionless; 0 turns g off"})
+    k: float = field(
+        default=1.0, metadata={"help": "sharpness of g(H), dimensionless; 0: off; below 0: reversed, beyond the paper"}
+    )
     k_future: float = field(default=1.0, metadata={"help": "sharpness of f(H), dimensionless"})
     zeta: float = field(default=0.1, metadata={"help": "weight of f(H), in units of advantage; 0 turns f off"})
+    normalization: str = field(
+        default="minmax", metadata={"help": f"of H to [0, 1]: {' or '.join(NORMALIZATIONS)}; rank is beyond the paper"}
+    )
+    bonus_in_all_groups: bool = field(
+        default=True, metadata={"help": "f also where a group's rewards are all equal; False is beyond the paper"}
+    )
     clip_low: float | None = field(default=None, metadata={"help": "* the ratio counts down to 1 - clip_low; 0.2"})
     clip_high: float | None = field(
         default=None, metadata={"help": "* and up to 1 + clip_high; 0.2 in GRPO, 0.28 in DAPO"}
@@ -173,6 +181,8 @@ class TrainConfig(WorldConfig):
         require_split(self.env, self.held_out)
         if self.aggregation not in AGGREGATIONS:
             raise ValueError(f"aggregation must be {' or '.join(AGGREGATIONS)}, got {self.aggregation}")
+        if self.normalization not in NORMALIZATIONS:
+            raise ValueError(f"normalization must be {' or '.join(NORMALIZATIONS)}, got {self.normalization}")
         if self.report_to != "none" and importlib.util.find_spec(self.report_to) is None:
             raise ValueError(f"report_to {self.report_to} needs the package: pip install {self.report_to}")
 

@@ -137,7 +137,42 @@ def spread(step_values: Tensor, step_ids: Tensor) -> Tensor:
     return F.pad(step_values, (1, 0)).gather(1, step_ids + 1)  # column 0: not sampled
 
 
+# ------------------------------------------------------------------------------------- beyond the paper, off by default
+
+
+@torch.no_grad()
+def rank_entropy(entropy: Tensor, valid: Tensor) -> Tensor:
+    """Not in the paper: H scaled to [0, 1] by rank, evenly spread, where one outlier cannot flatten all other steps.
+
+    entropy: (B, S), nats.  valid: (B, S) bool.  Returns (B, S), the share of the batch's other valid steps that have
+    less entropy, ties counted half; 0 off valid, and for a single step.
+    >>> rank_entropy(torch.tensor([[1.0, 3.0, 3.0, 99.0]]), torch.ones(1, 4, dtype=torch.bool))
+    tensor([[0.0000, 0.5000, 0.5000, 1.0000]])
+    """
+    _require_2d("entropy and valid", entropy, valid)
+    ordered = entropy[valid].sort().values
+    below, not_above = (torch.searchsorted(ordered, entropy.contiguous(), right=right) for right in (False, True))
+    rank = (below + not_above - 1) / 2  # of equal entropies, the mean of their places
+    return (rank / max(1, len(ordered) - 1)).to(entropy.dtype).where(valid, 0)
+
+
+NORMALIZATIONS = {"minmax": normalize_entropy, "rank": rank_entropy}  # the paper's first
+
+
 # -------------------------------------------------------------------------------------------------------- GRPO and DAPO
+
+
+@torch.no_grad()
+def rewards_differ(reward: Tensor, group_size: int) -> Tensor:
+    """Which episodes are in a group whose rewards are not all equal.
+
+    reward: (B,), groups are `group_size` consecutive rows.  Returns (B,) bool.
+    Raises ValueError if B is not a multiple of group_size.
+    >>> rewards_differ(torch.tensor([1.0, 0.0, 1.0, 1.0]), 2)
+    tensor([ True,  True, False, False])
+    """
+    grouped = _grouped(reward, group_size)
+    return (grouped != grouped[:, :1]).any(1).repeat_interleave(group_size)
 
 
 @torch.no_grad()
@@ -149,15 +184,12 @@ def group_advantages(reward: Tensor, group_size: int, *, eps: float = 1e-6, divi
     >>> group_advantages(torch.tensor([1.0, 0.0, 1.0, 1.0]), 2)
     tensor([ 0.7071, -0.7071,  0.0000,  0.0000])
     """
-    if reward.dim() != 1 or group_size < 1 or len(reward) % group_size:
-        raise ValueError(f"reward must be (B,), B a multiple of group_size {group_size}; got {_shapes(reward)}")
-    grouped = reward.to(torch.promote_types(reward.dtype, torch.float32)).view(-1, group_size)
+    grouped = _grouped(reward.to(torch.promote_types(reward.dtype, torch.float32)), group_size)
     centred = grouped - grouped.mean(1, keepdim=True)
     if divide_by_std:
         # For a group of one the correction would divide by 0; its centred reward is 0 whatever it is divided by.
         centred = centred / (grouped.std(1, keepdim=True, correction=min(1, group_size - 1)) + eps)
-    equal = grouped == grouped[:, :1]
-    return centred.masked_fill(equal.all(1, keepdim=True), 0).flatten()
+    return centred.flatten().where(rewards_differ(reward, group_size), 0)
 
 
 def policy_loss(
@@ -328,6 +360,12 @@ def _at_least_float32(logits: Tensor) -> torch.dtype:
 def _require_aggregation(aggregation: str) -> None:
     if aggregation not in AGGREGATIONS:
         raise ValueError(f"aggregation must be {' or '.join(map(repr, AGGREGATIONS))}, got {aggregation!r}")
+
+
+def _grouped(reward: Tensor, group_size: int) -> Tensor:
+    if reward.dim() != 1 or group_size < 1 or len(reward) % group_size:
+        raise ValueError(f"reward must be (B,), B a multiple of group_size {group_size}; got {_shapes(reward)}")
+    return reward.view(-1, group_size)
 
 
 def _require_2d(names: str, *tensors: Tensor) -> None:

@@ -32,8 +32,9 @@ class RecordError(Exception):
 
 @dataclass(frozen=True)
 class Modulation:
-    """The (B, S) tensors that an iteration was trained with. Metrics and transcripts show these very tensors."""
+    """The (B, S) tensors that an iteration was trained with. Metrics, transcripts and pages show these very tensors."""
 
+    base: Tensor  # (B,), the group-relative advantage of each episode
     entropy: Tensor  # nats
     valid: Tensor  # bool, False where an episode has no such step
     norm_entropy: Tensor  # in [0, 1]
@@ -94,6 +95,23 @@ def eval_metrics(summary: dict) -> dict:
     return row | {f"eval/success/{name}": part["success"] for name, part in summary["task_types"].items()}
 
 
+def modulated(episodes: list[Episode], modulation: Modulation, tokenizer) -> list[dict]:
+    """The episodes as objects of JSON, with the text of each sampled token and with what their steps were trained with.
+
+    "modulation" has the episode's base advantage and, for each step, norm_entropy, g, f and the final advantage.
+    """
+    rows = []
+    for i, episode in enumerate(episodes):
+        sampled = [[token] for token, step in zip(episode.ids, episode.step_ids, strict=True) if step >= 0]
+        of_steps = {
+            name: getattr(modulation, name)[i, : len(episode.steps)].tolist()
+            for name in ("norm_entropy", "g", "f", "advantage")
+        }
+        row = {"tokens": tokenizer.batch_decode(sampled), "modulation": {"base": float(modulation.base[i]), **of_steps}}
+        rows.append(asdict(episode) | row)
+    return rows
+
+
 # ----------------------------------------------------------------------------------------------------------- files
 
 
@@ -104,7 +122,7 @@ class Record:
         self.config, self.accelerator, self.out = config, accelerator, Path(config.out)
         self.started, self.seconds = time.perf_counter(), {}
         if accelerator.is_main_process:
-            for folder in (self.out / "transcripts", Path(config.cache)):
+            for folder in (self.out / "transcripts", self.out / "episodes", Path(config.cache)):
                 require_writable(folder)
             self._lock = FileLock(self.out / ".lock")  # the system takes it back when the process ends, however it ends
             try:
@@ -151,12 +169,15 @@ class Record:
             self.progress.set_postfix(success=f"{metrics.get('reward/success', float('nan')):.2f}")
             self.progress.update()
 
-    def transcripts(self, iteration: int, episodes: list[Episode], modulation: Modulation) -> None:
-        """Two episodes to be read, a success and a failure if there are both, with H and advantage of each step."""
+    def episodes(self, iteration: int, episodes: list[Episode], modulation: Modulation, tokenizer) -> None:
+        """All episodes of an iteration with their modulation, and two of them as text, to be read: a success and a
+        failure if there are both, with H and advantage of each step."""
         chosen = [next((i for i, e in enumerate(episodes) if e.success == wanted), 0) for wanted in (True, False)]
         texts = [transcript(episodes[i], modulation.advantage[i].tolist()) for i in chosen]
         if self.accelerator.is_main_process:
             self._replace(f"transcripts/{iteration:06d}.txt", "\n".join(texts))
+            rows = modulated(episodes, modulation, tokenizer)
+            self._replace(f"episodes/{iteration:06d}.jsonl", "".join(json.dumps(row) + "\n" for row in rows))
 
     def result(self, summaries: dict) -> None:
         """The first and the last evaluation as JSON, and the learning curves."""

@@ -36,12 +36,13 @@ from checkpoint import (
 )
 from config import TrainConfig, parse_config
 from empg import (
+    NORMALIZATIONS,
     center,
     clarity_bonus,
     gradient_scale,
     group_advantages,
     loss_normalizer,
-    normalize_entropy,
+    rewards_differ,
     soft_overlong_penalty,
     spread,
     step_entropy,
@@ -79,11 +80,10 @@ def train(config: TrainConfig) -> None:
 
     while state["iteration"] < config.iterations:
         # 1 sample episodes, groups of one task
-        groups, tasks_used = sample_groups(config, learner, envs, state["next_task"])
+        groups, row = sample_groups(config, learner, envs, state["next_task"])
         episodes = [episode for group in groups for episode in group]
-        state |= {"iteration": state["iteration"] + 1, "next_task": state["next_task"] + tasks_used}
+        state |= {"iteration": state["iteration"] + 1, "next_task": state["next_task"] + row["group/tasks_used"]}
         iteration, last = state["iteration"], state["iteration"] == config.iterations
-        row = {"group/tasks_used": tasks_used, "group/kept": len(groups)}
         record.lap("sample")
 
         # 2 to 6 learn from them, unless dynamic sampling found no group that differs in success
@@ -105,7 +105,7 @@ def train(config: TrainConfig) -> None:
             state["after"] = summarize(evaluate(learner.policy, envs, held_out, config, accelerator))
             row |= eval_metrics(state["after"])
             if groups:
-                record.transcripts(iteration, episodes, modulation)
+                record.episodes(iteration, episodes, modulation, learner.policy.tokenizer)
         record.row(iteration, row)
         stopped = stop.requested(accelerator)
         if last or stopped or iteration % config.checkpoint_every == 0:
@@ -134,10 +134,12 @@ def learn(config: TrainConfig, learner: Learner, batch: Batch, iteration: int) -
     entropy, valid = step_entropy(batch.token_entropy, batch.step_ids)  # (B, S), nats
 
     # 4 modulate by step entropy: A_final = A g(H_t) + zeta f(H_t+1), minus its mean over all steps
-    norm_entropy = normalize_entropy(entropy, valid)  # (B, S), in [0, 1]
+    norm_entropy = NORMALIZATIONS[config.normalization](entropy, valid)  # (B, S), in [0, 1]
     if config.empg:
         g = gradient_scale(norm_entropy, valid, k=config.k)  # (B, S), mean 1
         f = clarity_bonus(norm_entropy, valid, k_future=config.k_future)  # (B, S), of the next step
+        if not config.bonus_in_all_groups:
+            f = f * rewards_differ(reward, config.group_size)[:, None]
         step_advantage = center(advantage[:, None] * g + config.zeta * f, valid)
     else:
         g, f = valid.float(), torch.zeros_like(entropy)
@@ -165,7 +167,7 @@ def learn(config: TrainConfig, learner: Learner, batch: Batch, iteration: int) -
         learner.optimizer.zero_grad()
         sums["learning_rate"] += learner.optimizer.param_groups[0]["lr"]
         sums["optimizer_steps"] += 1
-    return Modulation(entropy, valid, norm_entropy, g, f, step_advantage), sums
+    return Modulation(advantage, entropy, valid, norm_entropy, g, f, step_advantage), sums
 
 
 # ------------------------------------------------------------------------------------------------------- beginning
@@ -239,23 +241,27 @@ def sample_round(config: TrainConfig, learner: Learner, envs: list[Env], first: 
 
 def sample_groups(
     config: TrainConfig, learner: Learner, envs: list[Env], next_task: int
-) -> tuple[list[list[Episode]], int]:
-    """The groups of an iteration, the same on every rank, and how many tasks were used up for them.
+) -> tuple[list[list[Episode]], dict]:
+    """The groups of an iteration, the same on every rank, and metrics of all groups sampled for them.
 
     Dynamic sampling (DAPO) keeps the groups in which some episodes succeed and some do not, and samples more until it
     has enough, at most max_rounds times; then it goes on with what it has.
     """
-    kept, wanted, used = [], config.tasks_per_iteration, 0
+    kept, solved, wanted, used = [], [], config.tasks_per_iteration, 0
     while len(kept) < wanted and used < wanted * config.max_rounds:
         groups = sample_round(config, learner, envs, next_task + used)
         require_steps([episode for group in groups for episode in group])
         used += wanted
+        solved += [sum(episode.success for episode in group) for group in groups]
         if not config.dynamic_sampling:
-            return groups, used
+            kept = groups
+            break
         kept += [group for group in groups if 0 < sum(episode.success for episode in group) < config.group_size]
     if len(kept) < wanted and learner.accelerator.is_main_process:
         tqdm.write(f"dynamic sampling: of {used} groups only {len(kept)} differ in success; going on with these")
-    return kept[:wanted], used
+    kept = kept[:wanted]
+    success = sum(solved) / (len(solved) * config.group_size)
+    return kept, {"group/tasks_used": used, "group/kept": len(kept), "group/success": success}
 
 
 # --------------------------------------------------------------------------------------------- 8  checkpoints, the end

@@ -202,6 +202,25 @@ def test_group_advantages_of_equal_rewards_are_exactly_zero(reward, group_size):
     assert empg.group_advantages(torch.full((2 * group_size,), reward), group_size).tolist() == [0.0] * 2 * group_size
 
 
+@QUICK
+@given(rows=EPISODES)
+@example(rows=[[2.0]])
+@example(rows=[[None]])
+def test_rank_entropy_is_the_share_of_the_other_steps_with_less(rows):
+    entropy, valid = steps(rows)
+    values = [h for row in rows for h in row if h is not None]
+    share = lambda h: sum((x < h) + (x == h) / 2 for x in values) - 0.5  # noqa: E731  # itself is no other
+    expected = [[0 if h is None else share(h) / max(1, len(values) - 1) for h in row] for row in rows]
+    close(empg.rank_entropy(entropy, valid), pad(expected, 0))
+
+
+@QUICK
+@given(groups=st.lists(st.lists(st.sampled_from([0.0, 0.5, 1.0]), min_size=3, max_size=3), min_size=1, max_size=4))
+def test_rewards_differ_where_a_group_has_more_than_one(groups):
+    expected = [len(set(group)) > 1 for group in groups for _ in group]
+    assert empg.rewards_differ(tensor([r for group in groups for r in group]), 3).tolist() == expected
+
+
 def loop_loss(rows: list[list], low: float, high: float, aggregation: str) -> tuple[float, Tensor]:
     """The surrogate by its cases instead of a min, and its derivative in every logp."""
     sampled = {(i, j): token for i, row in enumerate(rows) for j, token in enumerate(row) if token}
@@ -388,7 +407,7 @@ def test_only_logp_carries_a_gradient():
     norm, ids = empg.normalize_entropy(leaf, mask), torch.zeros(2, 3, dtype=torch.long)
     constants = [entropy, empg.step_entropy(leaf, ids)[0], norm, empg.modulate(leaf[:, 0], leaf, mask)]
     constants += [empg.gradient_scale(leaf, mask), empg.clarity_bonus(leaf, mask), empg.center(leaf, mask)]
-    constants += [empg.spread(leaf, ids), empg.group_advantages(leaf[0], 3)]
+    constants += [empg.rank_entropy(leaf, mask), empg.spread(leaf, ids), empg.group_advantages(leaf[0], 3)]
     logp = torch.zeros(2, 3, requires_grad=True)
     loss, metrics = empg.policy_loss(logp, leaf, leaf * 2, mask)
     assert not any(constant.requires_grad for constant in [*constants, *metrics.values()])
@@ -401,6 +420,7 @@ def test_only_logp_carries_a_gradient():
         (empg.step_entropy, [(2, 3), (2, 4)], {}),
         (empg.step_entropy, [(3,), (3,)], {}),
         (empg.normalize_entropy, [(2, 3), (1, 3)], {}),
+        (empg.rank_entropy, [(2, 3), (1, 3)], {}),
         (empg.gradient_scale, [(2, 3), (2, 1)], {}),
         (empg.clarity_bonus, [(2, 3), (2, 4)], {}),
         (empg.modulate, [(3,), (2, 4), (2, 4)], {}),
@@ -408,6 +428,7 @@ def test_only_logp_carries_a_gradient():
         (empg.spread, [(1, 3), (2, 3)], {}),
         (empg.group_advantages, [(7,)], {"group_size": 2}),
         (empg.group_advantages, [(2, 2)], {"group_size": 2}),
+        (empg.rewards_differ, [(7,)], {"group_size": 2}),
         (empg.policy_loss, [(2, 3), (2, 3), (2, 1), (2, 3)], {}),
         (empg.aggregate, [(2, 3), (1, 3)], {"aggregation": "token"}),
         (empg.token_logp_and_entropy, [(2, 3, 4), (2, 4)], {}),

@@ -1,9 +1,11 @@
 """The loop as a whole: what a run promises whatever the number of ranks, micro-batches, interruptions and flags."""
 
+import dataclasses
 import json
 import os
 import shutil
 import signal
+import statistics
 import subprocess
 import sys
 from itertools import chain
@@ -19,8 +21,16 @@ import train
 import update
 from checkpoint import CheckpointError, checkpoints, verify_checkpoint
 from config import ALGORITHMS, TrainConfig, parse_config
-from empg import group_advantages, modulate, spread, step_entropy
-from episode import load_episodes
+from empg import (
+    clarity_bonus,
+    gradient_scale,
+    group_advantages,
+    modulate,
+    normalize_entropy,
+    spread,
+    step_entropy,
+)
+from episode import Episode, collate, load_episodes
 from policy import PolicyError, load_policy
 from record import Modulation, RecordError, step_metrics
 from worlds.coin import Coin
@@ -203,7 +213,8 @@ def test_what_is_trained_last_is_evaluated_and_recorded(run):
     assert [row["iteration"] for row in rows(out) if "eval/success" in row] == [0, 2, 3]
     assert json.loads((out / "result.json").read_text())["after"]["success"] == rows(out)[-1]["eval/success"]
     assert [path.name for path in checkpoints(out)] == ["checkpoint-000003"]
-    assert (out / "transcripts" / "000003.txt").exists()
+    for kept in (out / "transcripts" / "000003.txt", out / "episodes" / "000003.jsonl"):
+        assert kept.exists()
     first, last = (load_policy(str(path)).model for path in (out / "first_policy", checkpoints(out)[-1]))
     assert all(not torch.equal(a, b) for a, b in zip(first.parameters(), last.parameters(), strict=True))
 
@@ -250,6 +261,7 @@ def test_a_run_learns_what_the_reward_asks_for(run):
 
 
 METHOD = {"algorithm": "dapo", "empg": False, "k": 3.0, "k_future": 3.0, "zeta": 0.5}
+METHOD |= {"normalization": "rank", "bonus_in_all_groups": False}  # beyond the paper
 METHOD |= {"clip_low": 0.0001, "clip_high": 0.0001, "aggregation": "token", "kl_coef": 1.0}
 
 
@@ -264,6 +276,44 @@ def test_a_method_flag_changes_the_update_and_not_the_episodes(run, base, flag):
         assert len(untouched) > 8
         assert {name: a[name] for name in untouched} == {name: b[name] for name in untouched}
     assert a["group/tasks_used"] == b["group/tasks_used"]
+
+
+def test_the_kept_episodes_are_those_of_the_iteration_with_what_their_steps_were_trained_with(run):
+    out = run(iterations=1)
+    kept = [json.loads(line) for line in (out / "episodes" / "000001.jsonl").read_text().splitlines()]
+    names = [field.name for field in dataclasses.fields(Episode)]
+    (out / "plain.jsonl").write_text("".join(json.dumps({name: row[name] for name in names}) + "\n" for row in kept))
+    episodes = load_episodes(out / "plain.jsonl")
+    batch = collate(episodes)
+    advantage, (entropy, valid) = group_advantages(batch.reward, 4), step_entropy(batch.token_entropy, batch.step_ids)
+    norm_entropy = normalize_entropy(entropy, valid)
+    expected = {
+        "norm_entropy": norm_entropy,
+        "g": gradient_scale(norm_entropy, valid),
+        "f": clarity_bonus(norm_entropy, valid),
+        "advantage": modulate(advantage, entropy, valid),
+    }
+    tokenizer = load_policy(str(checkpoints(out)[-1])).tokenizer
+    for i, (row, episode) in enumerate(zip(kept, episodes, strict=True)):
+        assert row["modulation"].pop("base") == pytest.approx(float(advantage[i]))
+        assert row["modulation"] == {
+            name: pytest.approx(values[i][valid[i]].tolist(), abs=1e-6) for name, values in expected.items()
+        }
+        sampled = [token for token, step in zip(episode.ids, episode.step_ids, strict=True) if step >= 0]
+        assert "".join(row["tokens"]) == tokenizer.decode(sampled)
+        assert len(row["tokens"]) == len(sampled)
+    assert rows(out)[1]["group/success"] == statistics.fmean(episode.success for episode in episodes)
+
+
+def test_the_bonus_can_be_kept_to_groups_whose_rewards_differ(run):
+    flags = {"iterations": 1, "k": 0.0, "learning_rate": 1e-9}
+    everywhere, mixed = run("everywhere", **flags), run("mixed", bonus_in_all_groups=False, **flags)
+    kept = [[json.loads(x) for x in (out / "episodes/000001.jsonl").open()] for out in (everywhere, mixed)]
+    groups = [[row["reward"] for row in kept[0][i : i + 4]] for i in (0, 4, 8)]
+    assert 0 < sum(len(set(rewards)) > 1 for rewards in groups) < 3  # both kinds of group are there
+    for i, (a, b) in enumerate(zip(*kept, strict=True)):
+        same = len(set(groups[i // 4])) > 1
+        assert b["modulation"]["f"] == (a["modulation"]["f"] if same else [0.0] * len(a["steps"]))
 
 
 @pytest.mark.parametrize("empg", [True, False])
@@ -296,7 +346,7 @@ def test_what_is_logged_is_what_entered_the_loss_and_what_the_formulas_give(run,
 def test_step_metrics_are_those_of_the_tensors_that_trained():
     valid = torch.tensor([[True, True], [True, False]])
     values = [torch.tensor([[a, a + 1], [a + 2, 99.0]]) for a in range(5)]
-    row = step_metrics(Modulation(values[0], valid, *values[1:]))
+    row = step_metrics(Modulation(torch.ones(2), values[0], valid, *values[1:]))
     assert (row["entropy/mean"], row["empg/norm_entropy"]) == (1, 2)
     assert (row["empg/g_min"], row["empg/g_max"], row["empg/f_mean"]) == (2, 4, 4)
     assert (row["advantage/mean"], row["advantage/std"]) == (5, pytest.approx((2 / 3) ** 0.5))
@@ -331,9 +381,10 @@ def test_dynamic_sampling_keeps_groups_that_differ(run, monkeypatch):
     sample_groups = train.sample_groups
     monkeypatch.setattr(train, "sample_groups", lambda *a: kept.append(sample_groups(*a)) or kept[-1])
     run(iterations=1, algorithm="dapo", max_rounds=20)
-    groups, used = kept[0]
-    assert len(groups) == 3
-    assert used % 3 == 0
+    groups, row = kept[0]
+    assert len(groups) == row["group/kept"] == 3
+    assert row["group/tasks_used"] % 3 == 0
+    assert 0 < row["group/success"] < 1
     assert all(0 < sum(episode.success for episode in group) < 4 for group in groups)
 
 
