@@ -1,0 +1,1 @@
+"""The paper in miniature: the study, credit against the truth, tables and figures, the credit page."""

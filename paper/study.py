@@ -1,0 +1,165 @@
+"""The study: GRPO and DAPO, with EMPG, with each of its parts and without, on the same seeds, warm starts and tasks.
+
+    python -m paper.study --world house                                     every row of House that is not there yet
+    python -m paper.study --world house --methods grpo grpo_empg --seeds 0 1 2
+    python -m paper.study --world house --methods grpo --seeds 3 --results /tmp/again.jsonl       one row again
+
+A row is one training run and what was measured of it, a line in docs/results/WORLD.jsonl. Rows that are there are not
+run again, so a study that was stopped goes on with the same command. As many runs are made at once as there are cores,
+each with one thread. The same row comes out on every machine of one kind. docs/protocol.md says what was fixed before
+the first row.
+"""
+
+import json
+import multiprocessing
+import os
+import platform
+import shlex
+import sys
+import time
+from concurrent.futures import ProcessPoolExecutor, as_completed
+from contextlib import redirect_stderr, redirect_stdout
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import torch
+import transformers
+from tqdm import tqdm
+
+from config import TrainConfig, parse_config
+from paper.measure import measure
+from train import train
+
+ROOT = Path(__file__).parents[1]
+
+# The flags of each world: the same for every method. docs/protocol.md says how they were chosen.
+WORLDS = {
+    "house": "--iterations 12 --eval_every 3",
+}
+TASKS = {"house": 1000}  # of each held-out split, for the final evaluation
+
+# The flags of each method: the main eight, then three that are beyond the paper, then the sensitivity to k and zeta.
+METHODS = {
+    "grpo": "--no_empg",
+    "grpo_empg": "",
+    "grpo_scaling": "--zeta 0",
+    "grpo_bonus": "--k 0",
+    "dapo": "--algorithm dapo --no_empg",
+    "dapo_empg": "--algorithm dapo",
+    "dapo_scaling": "--algorithm dapo --zeta 0",
+    "dapo_bonus": "--algorithm dapo --k 0",
+    "grpo_empg_rank": "--normalization rank",
+    "grpo_empg_mixed": "--no_bonus_in_all_groups",
+    "grpo_empg_reversed": "--k -1",
+    "grpo_empg_k0.5": "--k 0.5",
+    "grpo_empg_k2": "--k 2",
+    "grpo_empg_zeta0.05": "--zeta 0.05",
+    "grpo_empg_zeta0.5": "--zeta 0.5",
+}
+MAIN = list(METHODS)[:8]
+
+
+@dataclass(frozen=True)
+class StudyConfig:
+    """Run the study, or a part of it."""
+
+    world: str = field(metadata={"help": f"one of {', '.join(WORLDS)}"})
+    methods: list[str] = field(default_factory=lambda: MAIN, metadata={"help": f"of {', '.join(METHODS)}"})
+    seeds: list[int] = field(default_factory=lambda: list(range(20)), metadata={"help": "of weights, tasks, sampling"})
+    results: str = field(default="", metadata={"help": "file of the rows; default: docs/results/WORLD.jsonl"})
+    out: str = field(default="out/study", metadata={"help": "folder of the runs"})
+    jobs: int = field(default=0, metadata={"help": "runs at once; 0: one for each core"})
+
+    def __post_init__(self):
+        if self.world not in WORLDS:
+            raise ValueError(f"world must be one of {', '.join(WORLDS)}, got {self.world}")
+        if unknown := [method for method in self.methods if method not in METHODS]:
+            raise ValueError(f"methods must be of {', '.join(METHODS)}, got {', '.join(unknown)}")
+        if self.jobs < 0 or any(seed < 0 for seed in self.seeds):
+            raise ValueError("jobs and seeds must be at least 0")
+
+    @property
+    def file(self) -> Path:
+        return Path(self.results or ROOT / "docs" / "results" / f"{self.world}.jsonl")
+
+
+def read_rows(file: Path) -> list[dict]:
+    """The rows of a file of results, or none if there is no file."""
+    return [json.loads(line) for line in file.read_text().splitlines()] if file.exists() else []
+
+
+def train_flags(world: str, method: str, seed: int) -> list[str]:
+    """The flags of train.py for a row."""
+    return shlex.split(f"--env {world} --seed {seed} --threads 1 {WORLDS[world]} {METHODS[method]}")
+
+
+def run_row(world: str, method: str, seed: int, out: str) -> dict:
+    """Train and measure, in a process of its own whose output goes to a file."""
+    run = Path(out) / world / method / str(seed)
+    run.mkdir(parents=True, exist_ok=True)
+    transformers.utils.logging.disable_progress_bar()
+    flags = [*train_flags(world, method, seed), "--eval_tasks", "8", "--checkpoint_every", "1000", "--out", str(run)]
+    started = time.perf_counter()
+    with (run / "log.txt").open("w") as log, redirect_stdout(log), redirect_stderr(log):
+        config = parse_config(TrainConfig, flags)
+        train(config)
+        trained = time.perf_counter()
+        measured = measure(config, TASKS[world])
+    metrics = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+    row = {
+        "world": world,
+        "method": method,
+        "seed": seed,
+        "commit": json.loads((run / "config.json").read_text())["git"],
+        "command": f"python -m paper.study --world {world} --methods {method} --seeds {seed}",
+        "train": shlex.join(["train.py", *flags[:-2]]),
+        "machine": machine(),
+        "seconds": {
+            "train": round(trained - started, 1),
+            "measure": round(time.perf_counter() - trained, 1),
+        },
+        # success of all episodes sampled in an iteration, on training tasks; in House every task is new
+        "curve": [round(row["group/success"], 4) for row in metrics if "group/success" in row],
+        "entropy": [round(row["entropy/mean"], 4) for row in metrics if "entropy/mean" in row],
+        "zero_std": [round(row["group/zero_std_frac"], 4) for row in metrics if "group/zero_std_frac" in row],
+        "episodes": sum(row.get("group/tasks_used", 0) * config.group_size for row in metrics),
+    } | measured
+    return json.loads(json.dumps(row), parse_float=lambda number: round(float(number), 4))
+
+
+def machine() -> str:
+    """The kind of machine: rows are the same on machines of one kind."""
+    info = Path("/proc/cpuinfo")  # on Linux
+    cpu = info.read_text().splitlines() if info.exists() else []
+    names = [line.split(":")[1].strip() for line in cpu if "model name" in line]
+    versions = f"torch {torch.__version__}, transformers {transformers.__version__}"
+    return f"{platform.machine()}, {names[0] if names else platform.processor()}, {versions}, 1 thread"
+
+
+def main() -> None:
+    study = parse_config(StudyConfig)
+    study.file.parent.mkdir(parents=True, exist_ok=True)
+    done = {(row["method"], row["seed"]) for row in read_rows(study.file)}
+    wanted = [(method, seed) for seed in study.seeds for method in study.methods if (method, seed) not in done]
+    failed = []
+    os.environ["TQDM_DISABLE"] = "1"  # in the processes below; this one has read it already
+    # A process for each run, so that nothing of one run is left for the next.
+    pool = ProcessPoolExecutor(
+        study.jobs or os.cpu_count(), multiprocessing.get_context("spawn"), max_tasks_per_child=1
+    )
+    with pool, tqdm(total=len(wanted), desc=study.world, unit="run") as progress:
+        rows = {pool.submit(run_row, study.world, method, seed, study.out): (method, seed) for method, seed in wanted}
+        for future in as_completed(rows):
+            progress.update()
+            if error := future.exception():
+                failed.append(rows[future])
+                tqdm.write(f"{rows[future]} failed: {error}; see {study.out}", file=sys.stderr)
+                continue
+            with study.file.open("a") as file:
+                file.write(json.dumps(future.result()) + "\n")
+    if failed:
+        raise SystemExit(f"{len(failed)} of {len(wanted)} runs failed; the same command tries them again")
+
+
+if __name__ == "__main__":
+    main()
