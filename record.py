@@ -138,9 +138,7 @@ class Record:
         flat = asdict(self.config) | {"env_args": " ".join(self.config.env_args)}
         self.accelerator.init_trackers("empg", flat)
         if main:
-            git = ["git", "-C", str(Path(__file__).parent), "rev-parse", "HEAD"]
-            revision = subprocess.run(git, capture_output=True, text=True, check=False).stdout.strip()
-            about = {"argv": sys.argv, "git": revision, "ranks": self.accelerator.num_processes}
+            about = {"argv": sys.argv, "git": revision(), "ranks": self.accelerator.num_processes}
             self._replace("config.json", json.dumps(about | {"config": asdict(self.config)}, indent=1))
             for name in ("metrics.jsonl", "timings.jsonl"):
                 rows = self._rows(name) if iteration else []
@@ -193,6 +191,12 @@ class Record:
         with reporting(path):
             aside.write_text(text)
             os.replace(aside, path)
+
+
+def revision() -> str:
+    """The commit of this code, or "" if it is not in a git repository."""
+    git = ["git", "-C", str(Path(__file__).parent), "rev-parse", "HEAD"]
+    return subprocess.run(git, capture_output=True, text=True, check=False).stdout.strip()
 
 
 @contextmanager

@@ -177,14 +177,13 @@ def rollout(
     finite.
     """
     policy.model.eval()
+    limits = {"temperature": temperature, "max_step_tokens": max_step_tokens, "max_tokens": max_tokens}
     episodes = []
     with tqdm(total=len(tasks), desc=desc, unit="episode", leave=False, delay=2) as progress:
         for first in range(0, len(tasks), len(envs)):
             part = slice(first, first + len(envs))
-            # The token at place j of an episode is drawn with number j of its row.
-            uniform = np.stack([np.random.default_rng(list(seed)).random(max_tokens) for seed in seeds[part]])
-            limits = (temperature, max_step_tokens, max_tokens)
-            episodes += _react(policy, envs, tasks[part], uniform, *limits, progress.update)
+            begun = _start(policy, envs, tasks[part], max_tokens - max_step_tokens)
+            episodes += play_on(policy, envs, begun, seeds[part], **limits, finished=progress.update)
     return episodes
 
 
@@ -201,22 +200,26 @@ def _start(policy: Policy, envs: list[Env], tasks: list[Task], limit: int) -> li
     return episodes
 
 
-def _react(
+@torch.inference_mode()
+def play_on(
     policy: Policy,
     envs: list[Env],
-    tasks: list[Task],
-    uniform: np.ndarray,
+    episodes: list[Episode],
+    seeds: list[tuple[int, ...]],
+    *,
     temperature: float,
     max_step_tokens: int,
     max_tokens: int,
-    finished: Callable[[int], object],
+    finished: Callable[[int], object] = lambda number: None,
 ) -> list[Episode]:
-    """The ReAct loop over one batch of episodes; those that are done leave the batch.
+    """The ReAct loop: play episodes that have begun to their end, and return them. Those that are done leave the batch.
 
-    uniform: (B, max_tokens), the random numbers of each episode.  finished: called with the number of new done ones.
+    episodes: each ends where the next response begins, and its environment is in that state.  finished: called with the
+    number of episodes that are done since the last call.  The rest is as in `rollout`.
     """
     limit = max_tokens - max_step_tokens
-    episodes = _start(policy, envs, tasks, limit)
+    # The token at place j of an episode is drawn with number j of its row.
+    uniform = np.stack([np.random.default_rng(list(seed)).random(max_tokens) for seed in seeds])  # (B, max_tokens)
     live = [i for i, episode in enumerate(episodes) if not episode.done]
     finished(len(episodes) - len(live))
     if not live:

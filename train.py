@@ -6,9 +6,9 @@
     accelerate launch train.py --resume                              go on where the run in --out stopped
     torchrun --nproc_per_node 2 train.py                             two processes, with or without GPUs
 
-An iteration has eight beats: 1, 7 and 8 in `train`, and 2 to 6, the algorithm, in `learn`. Every rank samples its own
-groups and gets those of all ranks, so EMPG's statistics, the normalisers and the metrics are those of the whole batch.
-Only sampling, forward and backward are divided among the ranks.
+An iteration has eight beats: 1, 7 and 8 in `train`, 2 to 4 in `assign_credit`, 5 and 6 in `learn`. Every rank samples
+its own groups and gets those of all ranks, so EMPG's statistics, the normalisers and the metrics are those of the whole
+batch. Only sampling, forward and backward are divided among the ranks.
 
 Differences from the papers: DAPO's length penalty counts the tokens of the whole episode, observations included.
 Not covered: models whose weights do not fit on one device.
@@ -116,6 +116,29 @@ def train(config: TrainConfig) -> None:
     finish(config, accelerator, record, state)
 
 
+def assign_credit(config: TrainConfig, batch: Batch) -> Modulation:
+    """What each step of the batch, (B, L), is trained with: its advantage, and what it was made of."""
+    # 2 score and centre within the group
+    reward = batch.reward  # (B,)
+    if config.overlong_buffer:
+        reward = reward + soft_overlong_penalty(batch.length, limit=config.max_tokens, buffer=config.overlong_buffer)
+    base = group_advantages(reward, config.group_size)  # (B,)
+
+    # 3 old log-probs and entropy were captured while sampling; the reference's log-probs come with the loss, in beat 5
+    entropy, valid = step_entropy(batch.token_entropy, batch.step_ids)  # (B, S), nats
+
+    # 4 modulate by step entropy: A_final = A g(H_t) + zeta f(H_t+1), minus its mean over all steps
+    norm_entropy = NORMALIZATIONS[config.normalization](entropy, valid)  # (B, S), in [0, 1]
+    if not config.empg:
+        g, f = valid.float(), torch.zeros_like(entropy)
+        return Modulation(base, entropy, valid, norm_entropy, g, f, base[:, None] * g)
+    g = gradient_scale(norm_entropy, valid, k=config.k)  # (B, S), mean 1
+    f = clarity_bonus(norm_entropy, valid, k_future=config.k_future)  # (B, S), of the next step
+    if not config.bonus_in_all_groups:
+        f = f * rewards_differ(reward, config.group_size)[:, None]
+    return Modulation(base, entropy, valid, norm_entropy, g, f, center(base[:, None] * g + config.zeta * f, valid))
+
+
 def learn(config: TrainConfig, learner: Learner, batch: Batch, iteration: int) -> tuple[Modulation, dict[str, float]]:
     """The algorithm: from the episodes of an iteration, (B, L), to new weights.
 
@@ -124,27 +147,9 @@ def learn(config: TrainConfig, learner: Learner, batch: Batch, iteration: int) -
     """
     accelerator, sums = learner.accelerator, defaultdict(float)
 
-    # 2 score and centre within the group
-    reward = batch.reward  # (B,)
-    if config.overlong_buffer:
-        reward = reward + soft_overlong_penalty(batch.length, limit=config.max_tokens, buffer=config.overlong_buffer)
-    advantage = group_advantages(reward, config.group_size)  # (B,)
-
-    # 3 old log-probs and entropy were captured while sampling; the reference's log-probs come with the loss, in beat 5
-    entropy, valid = step_entropy(batch.token_entropy, batch.step_ids)  # (B, S), nats
-
-    # 4 modulate by step entropy: A_final = A g(H_t) + zeta f(H_t+1), minus its mean over all steps
-    norm_entropy = NORMALIZATIONS[config.normalization](entropy, valid)  # (B, S), in [0, 1]
-    if config.empg:
-        g = gradient_scale(norm_entropy, valid, k=config.k)  # (B, S), mean 1
-        f = clarity_bonus(norm_entropy, valid, k_future=config.k_future)  # (B, S), of the next step
-        if not config.bonus_in_all_groups:
-            f = f * rewards_differ(reward, config.group_size)[:, None]
-        step_advantage = center(advantage[:, None] * g + config.zeta * f, valid)
-    else:
-        g, f = valid.float(), torch.zeros_like(entropy)
-        step_advantage = advantage[:, None] * g
-    token_advantage = spread(step_advantage, batch.step_ids)  # (B, L)
+    # 2 to 4
+    modulation = assign_credit(config, batch)
+    token_advantage = spread(modulation.advantage, batch.step_ids)  # (B, L)
 
     # 5 micro-batches: loss, backward
     for rows in mini_batches(config, len(batch.ids), iteration):
@@ -167,7 +172,7 @@ def learn(config: TrainConfig, learner: Learner, batch: Batch, iteration: int) -
         learner.optimizer.zero_grad()
         sums["learning_rate"] += learner.optimizer.param_groups[0]["lr"]
         sums["optimizer_steps"] += 1
-    return Modulation(advantage, entropy, valid, norm_entropy, g, f, step_advantage), sums
+    return modulation, sums
 
 
 # ------------------------------------------------------------------------------------------------------- beginning

@@ -124,6 +124,11 @@ def run_row(world: str, method: str, seed: int, out: str) -> dict:
         "zero_std": [round(row["group/zero_std_frac"], 4) for row in metrics if "group/zero_std_frac" in row],
         "episodes": sum(row.get("group/tasks_used", 0) * config.group_size for row in metrics),
     } | measured
+    return rounded(row)
+
+
+def rounded(row: dict) -> dict:
+    """The row with every number rounded to four decimals."""
     return json.loads(json.dumps(row), parse_float=lambda number: round(float(number), 4))
 
 

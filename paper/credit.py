@@ -1,0 +1,344 @@
+"""Credit against the truth: what each step was worth, what GRPO and EMPG gave it, and what the update made of it.
+
+    python -m paper.credit --run out/house --checkpoint 20
+
+plays groups of training tasks with a checkpoint's policy. From before every step of every episode it plays on several
+times: the policy's own tokens as context, the world replayed to that state. The share of successes is V(s_t). The true
+advantage of step t is V(s_t+1) - V(s_t); after the last step V is the outcome. Then three questions:
+
+    credit      how do the advantages of each method agree with the true ones, and at which entropy is the true credit?
+    direction   the cosine of a method's gradient, on a batch as large as in training, with the gradient that the true
+                advantages of the other groups give
+    signal      the share of that gradient's squared norm that is the same in other batches; the rest is noise
+
+All intervals are bootstrap intervals over groups. A row goes to docs/results/credit.jsonl. The episodes and their
+credit go to RUN/credit/CHECKPOINT.jsonl, where the credit page finds them.
+
+Arrays here are flat: n entries, one for each step of all episodes, in order; `group` (n,) is the group of each.
+"""
+
+import json
+import shlex
+import sys
+from collections.abc import Callable
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+
+import numpy as np
+import torch
+from accelerate import Accelerator
+from scipy import stats
+from tqdm import tqdm
+
+from checkpoint import checkpoint_path
+from config import TrainConfig, parse_config
+from empg import aggregate
+from envs import Env
+from episode import Episode, Task, collate
+from eval import open_envs
+from paper.study import METHODS, ROOT, machine, rounded
+from policy import Policy, load_policy
+from record import modulated, revision
+from rollout import play_on, rollout
+from train import assign_credit
+from update import sampled_logp
+
+FIRST_TASK = 10**8  # training tasks from here on, where tasks never end: no run comes so far
+COMPARED = [
+    "grpo",
+    "grpo_scaling",
+    "grpo_bonus",
+    "grpo_empg",
+    "grpo_empg_rank",
+    "grpo_empg_mixed",
+    "grpo_empg_reversed",
+]
+FIFTHS = 5
+
+
+@dataclass(frozen=True)
+class CreditConfig:
+    """Measure the true credit of steps, and how the methods agree with it."""
+
+    run: str = field(metadata={"help": "folder of a run"})
+    checkpoint: int = field(
+        metadata={"help": "iteration of the policy to measure; 0: the policy that the run began with"}
+    )
+    batches: int = field(default=4, metadata={"help": "of episodes, each as large as in training"})
+    continuations: int = field(default=8, metadata={"help": "plays on from before every step; even, for two halves"})
+    resamples: int = field(default=1000, metadata={"help": "of the bootstrap over groups"})
+    results: str = field(default="", metadata={"help": "file of the rows; default: docs/results/credit.jsonl"})
+
+    def __post_init__(self):
+        if self.continuations < 2 or self.continuations % 2:
+            raise ValueError(f"continuations must be even and at least 2, got {self.continuations}")
+        if min(self.batches, self.resamples) < 1 or self.checkpoint < 0:
+            raise ValueError("batches and resamples must be at least 1, checkpoint at least 0")
+
+
+def bootstrap(statistic: Callable[[np.ndarray], float], group: np.ndarray, resamples: int) -> list[float]:
+    """The statistic of all entries, and its 95 % percentile interval when groups are drawn with replacement.
+
+    statistic: takes the places of the entries to use, some of them several times.  group: (n,), of each entry.
+    """
+    members = [np.flatnonzero(group == number) for number in np.unique(group)]
+    of = lambda chosen: statistic(np.concatenate([members[i] for i in chosen]))  # noqa: E731
+    numbers = np.arange(len(members))
+    drawn = stats.bootstrap((numbers,), of, n_resamples=resamples, vectorized=False, method="percentile", rng=0)
+    return [float(of(numbers)), float(drawn.confidence_interval.low), float(drawn.confidence_interval.high)]
+
+
+# ------------------------------------------------------------------------------------------------- the value of a state
+
+
+def begun(env: Env, episode: Episode, step: int) -> Episode:
+    """The episode up to the response of this step, with the environment replayed to that state.
+
+    Raises ValueError if the world answers otherwise than it did.
+    """
+    again = Episode(episode.task, env.reset(episode.task.split, episode.task.seed)[0])
+    for done in episode.steps[:step]:
+        observation, _, _, _, again.info = env.step(done.action)
+        if observation != done.observation:
+            raise ValueError(f"{episode.task} cannot be replayed: got {observation!r}, not {done.observation!r}")
+    again.steps = list(episode.steps[:step])
+    start = episode.steps[step].start
+    for name in ("ids", "step_ids", "old_logp", "token_entropy"):
+        setattr(again, name, getattr(episode, name)[:start])
+    return again
+
+
+def play_continuations(
+    policy: Policy, envs: list[Env], episodes: list[Episode], number: int, config: TrainConfig
+) -> list[np.ndarray]:
+    """Outcomes (S, number) of each episode: successes, 0 or 1, of `number` plays on from before each of its S steps."""
+    jobs = [(i, t, k) for i, e in enumerate(episodes) for t in range(len(e.steps)) for k in range(number)]
+    jobs.sort(key=lambda job: episodes[job[0]].steps[job[1]].start)  # equally long ones play together
+    outcomes = [np.zeros((len(episode.steps), number)) for episode in episodes]
+    limits = {name: getattr(config, name) for name in ("temperature", "max_step_tokens", "max_tokens")}
+    for first in tqdm(range(0, len(jobs), len(envs)), desc="continuations", unit="batch", delay=2):
+        part = jobs[first : first + len(envs)]
+        starts = [begun(env, episodes[i], t) for env, (i, t, _) in zip(envs, part, strict=False)]
+        seeds = [(config.seed, 2, *job) for job in part]
+        for (i, t, k), played in zip(part, play_on(policy, envs, starts, seeds, **limits), strict=True):
+            outcomes[i][t, k] = played.success
+    return outcomes
+
+
+def values(episodes: list[Episode], outcomes: list[np.ndarray]) -> list[np.ndarray]:
+    """V of each episode, (S + 1,): before each step, and the outcome. Equal histories share their continuations."""
+    total: dict[tuple, list[float]] = {}
+    for episode, results in zip(episodes, outcomes, strict=True):
+        for step, row in zip(episode.steps, results, strict=True):
+            total.setdefault((episode.task, *episode.ids[: step.start]), []).extend(row)
+    return [
+        np.array([*(np.mean(total[e.task, *e.ids[: step.start]]) for step in e.steps), float(e.success)])
+        for e in episodes
+    ]
+
+
+# -------------------------------------------------------------------------------------------------------------- credit
+
+
+def agreement(
+    given: dict[str, np.ndarray], true: np.ndarray, group: np.ndarray, resamples: int
+) -> dict[str, dict[str, list[float]]]:
+    """How the advantages that each method gave, (n,), agree with the true ones, (n,).
+
+    Returns for each method correlation, rank correlation, and the share of steps with the same sign where neither is 0.
+    """
+
+    def same_sign(a: np.ndarray, b: np.ndarray) -> float:
+        both = (a != 0) & (b != 0)
+        return float((np.sign(a[both]) == np.sign(b[both])).mean())
+
+    measures = {
+        "pearson": lambda a, b: stats.pearsonr(a, b).statistic,
+        "spearman": lambda a, b: stats.spearmanr(a, b).statistic,
+        "sign": same_sign,
+    }
+    measure = lambda method, name, rows: measures[name](given[method][rows], true[rows])  # noqa: E731
+    return against_first(list(given), list(measures), measure, group, resamples)
+
+
+def against_first(
+    methods: list[str],
+    names: list[str],
+    measure: Callable[[str, str, np.ndarray], float],
+    group: np.ndarray,
+    resamples: int,
+) -> dict[str, dict[str, list[float]]]:
+    """Each measure of each method, and its gain over the first method on the same groups; with intervals."""
+    table: dict[str, dict[str, list[float]]] = {}
+    for method in methods:
+        table[method] = {}
+        for name in names:
+            own = lambda rows, m=method, n=name: measure(m, n, rows)  # noqa: E731
+            gain = lambda rows, m=method, n=name: measure(m, n, rows) - measure(methods[0], n, rows)  # noqa: E731
+            table[method][name] = bootstrap(own, group, resamples)
+            if method != methods[0]:
+                table[method][f"{name}_gain"] = bootstrap(gain, group, resamples)
+    return table
+
+
+def credit_by_entropy(entropy: np.ndarray, halves: np.ndarray, group: np.ndarray, resamples: int) -> list[dict]:
+    """The size of the true credit in each fifth of step entropy: root mean square, in units of success, with interval.
+
+    entropy: (n,), nats.  halves: (2, n), the true advantages by two halves of the continuations. The mean product of
+    the two is an unbiased estimate of the squared credit. One estimate squared would count the chance of its
+    continuations as credit.
+    """
+    edges = np.quantile(entropy, np.linspace(0, 1, FIFTHS + 1))
+    fifth = np.clip(np.searchsorted(edges, entropy, side="right") - 1, 0, FIFTHS - 1)
+
+    def size(rows: np.ndarray, number: int) -> float:
+        products = halves.prod(0)[rows[fifth[rows] == number]]
+        return float(np.sqrt(max(0.0, products.mean()))) if len(products) else 0.0
+
+    return [
+        {"entropy": edges[i : i + 2].tolist(), "credit": bootstrap(lambda rows, i=i: size(rows, i), group, resamples)}
+        for i in range(FIFTHS)
+    ]
+
+
+# ---------------------------------------------------------------------------------------------------------- the update
+
+
+def gradient_products(
+    policy: Policy, episodes: list[Episode], advantages: list[np.ndarray], config: TrainConfig
+) -> np.ndarray:
+    """Products of policy gradients, (methods, groups, methods, groups): of one method on one group with another's.
+
+    advantages: for each method, (n,).  The loss of a group is the mean over its episodes, with the ratio at 1: that of
+    the first optimizer step of an iteration.
+    """
+    policy.model.eval()
+    batch, parameters = collate(episodes, policy.device), [p for p in policy.model.parameters() if p.requires_grad]
+    first_step = np.cumsum([0, *(len(episode.steps) for episode in episodes)])
+    given = torch.from_numpy(np.stack(advantages)).float()  # (methods, n)
+    gradients = []  # of each group: (methods, parameters)
+    for first in range(0, len(episodes), config.group_size):
+        rows = list(range(first, first + config.group_size))
+        part = batch.select(rows)
+        columns = part.mask.any(0).nonzero().squeeze(1)
+        mask = part.mask[:, columns]
+        logp = sampled_logp(policy.model, part, columns, config.temperature)
+        place = part.step_ids[:, columns].clamp(min=0) + torch.from_numpy(first_step[rows])[:, None]  # (G, columns)
+        of_method = []
+        for number, advantage in enumerate(given, 1):
+            loss = aggregate(-logp * advantage[place.clamp(max=given.shape[1] - 1)], mask, config.aggregation)
+            grads = torch.autograd.grad(loss, parameters, retain_graph=number < len(given))
+            of_method.append(torch.cat([grad.flatten() for grad in grads]))
+        gradients.append(torch.stack(of_method))
+    flat = torch.stack(gradients, 1).flatten(0, 1)  # (methods x groups, parameters)
+    shape = (len(given), len(gradients)) * 2
+    return (flat @ flat.T).double().numpy().reshape(shape)
+
+
+def gradient_measures(
+    methods: list[str], products: np.ndarray, batch_groups: int, resamples: int
+) -> dict[str, dict[str, list[float]]]:
+    """Of each method's gradient on a batch: its cosine with the true gradient of other batches ("direction") and of the
+    same batch ("own"), and the share of its squared norm that other batches have too ("signal").
+
+    products: as of `gradient_products`, of these methods; the last is the true advantages.  batch_groups: groups of a
+    batch. What two batches have in common is estimated from pairs of different groups, without bias.
+    """
+    true, groups = len(methods) - 1, products.shape[1]
+
+    def expected(a: int, b: int, rows: np.ndarray, number: float) -> float:
+        """Product of the mean gradients of `number` groups: a pair is the same group once in `number`; inf: never."""
+        block, different = products[a][:, b][np.ix_(rows, rows)], rows[:, None] != rows
+        return float(block[different].mean() * (1 - 1 / number) + block.diagonal().mean() / number)
+
+    def measure(method: str, name: str, rows: np.ndarray) -> float:
+        m = methods.index(method)
+        size = expected(m, m, rows, batch_groups)
+        if name == "signal":
+            return expected(m, m, rows, np.inf) / size
+        common, number = (batch_groups, batch_groups) if name == "own" else (np.inf, groups - batch_groups)
+        return expected(m, true, rows, common) / float(np.sqrt(size * expected(true, true, rows, number)))
+
+    return against_first(methods, ["direction", "own", "signal"], measure, np.arange(groups), resamples)
+
+
+# ------------------------------------------------------------------------------------------------------------- the row
+
+
+def method_config(config: TrainConfig, method: str) -> TrainConfig:
+    """The configuration of a run with another method's flags."""
+    flags = ("empg", "k", "k_future", "zeta", "normalization", "bonus_in_all_groups")
+    other = parse_config(TrainConfig, shlex.split(METHODS[method]))
+    return replace(config, **{flag: getattr(other, flag) for flag in flags})
+
+
+def measure_credit(
+    credit: CreditConfig, config: TrainConfig, policy: Policy, envs: list[Env]
+) -> tuple[dict, list[dict]]:
+    """The measurements as a row, and the episodes with modulation and credit as objects of JSON."""
+    size, groups = config.group_size, credit.batches * config.tasks_per_iteration
+    available = envs[0].size("train")
+    numbers = [FIRST_TASK + i if available is None else i % available for i in range(groups)]
+    tasks = [Task(config.env, "train", number) for number in numbers for _ in range(size)]
+    limits = {name: getattr(config, name) for name in ("temperature", "max_step_tokens", "max_tokens")}
+    episodes = rollout(policy, envs, tasks, [(config.seed, 1, i) for i in range(len(tasks))], **limits)
+    outcomes = play_continuations(policy, envs, episodes, credit.continuations, config)
+    value, *of_halves = (
+        values(episodes, [rows[:, part] for rows in outcomes])
+        for part in (slice(None), slice(0, None, 2), slice(1, None, 2))
+    )
+    true, *halves = (np.concatenate([np.diff(v) for v in part]) for part in (value, *of_halves))
+    halves = np.stack(halves)
+    group = np.concatenate([np.full(len(e.steps), i // size) for i, e in enumerate(episodes)])
+    entropy = np.array([step.entropy for episode in episodes for step in episode.steps])
+
+    # The statistics of EMPG run over a batch as large as in training.
+    batches = np.split(np.arange(len(episodes)), credit.batches)
+    collated = [collate([episodes[i] for i in rows], policy.device) for rows in batches]
+    made = {name: [assign_credit(method_config(config, name), part) for part in collated] for name in COMPARED}
+    flat = lambda name, what: np.concatenate([getattr(m, what)[m.valid].cpu() for m in made[name]])  # noqa: E731
+    given = {name: flat(name, "advantage") for name in COMPARED}
+    products = gradient_products(policy, episodes, [*given.values(), true], config)
+    methods = [*given, "true"]
+    row = {
+        "groups": groups,
+        "continuations": credit.continuations,
+        "steps": len(true),
+        "success": float(np.mean([episode.success for episode in episodes])),
+        "mean_norm_entropy": float(flat("grpo", "norm_entropy").mean()),
+        "halves": bootstrap(lambda rows: stats.pearsonr(*halves[:, rows]).statistic, group, credit.resamples),
+        "credit_by_entropy": credit_by_entropy(entropy, halves, group, credit.resamples),
+        "f": agreement({"f": flat("grpo_empg", "f")}, true, group, credit.resamples)["f"],
+        "credit": agreement(given, true, group, credit.resamples),
+        "update": gradient_measures(methods, products, config.tasks_per_iteration, credit.resamples),
+    }
+    kept = []
+    for rows, part in zip(batches, [assign_credit(config, part) for part in collated], strict=True):
+        kept += modulated([episodes[i] for i in rows], part, policy.tokenizer)
+    for entry, v in zip(kept, value, strict=True):
+        entry["credit"] = {"value": v.tolist(), "true_advantage": np.diff(v).tolist()}
+        entry["credit"]["continuations"] = credit.continuations
+    return row, kept
+
+
+def main() -> None:
+    credit = parse_config(CreditConfig)
+    run, file = Path(credit.run), Path(credit.results or ROOT / "docs" / "results" / "credit.jsonl")
+    saved = json.loads((run / "config.json").read_text())
+    config = TrainConfig(**saved["config"])
+    Accelerator(cpu=True)
+    torch.set_num_threads(config.threads or torch.get_num_threads())
+    folder = checkpoint_path(run, credit.checkpoint) if credit.checkpoint else run / "first_policy"
+    envs = open_envs(config, config.batch_size, ["train"])
+    row, kept = measure_credit(credit, config, load_policy(str(folder)), envs)
+    about = {"world": config.env, "seed": config.seed, "empg": config.empg, "checkpoint": credit.checkpoint}
+    about |= {"commit": revision(), "machine": machine(), "train": shlex.join(saved["argv"])}
+    about["command"] = shlex.join(["python", "-m", "paper.credit", *sys.argv[1:]])
+    (run / "credit").mkdir(exist_ok=True)
+    (run / "credit" / f"{credit.checkpoint:06d}.jsonl").write_text("".join(json.dumps(entry) + "\n" for entry in kept))
+    with file.open("a") as results:
+        results.write(json.dumps(rounded(about | row)) + "\n")
+
+
+if __name__ == "__main__":
+    main()
