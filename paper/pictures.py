@@ -1,0 +1,234 @@
+"""The figures of docs/results.md, drawn from the committed rows. Each function makes one; `draw_all` writes them.
+
+Every line has a style or a marker of its own, so that a print in grey can be read. Bands and bars are 95 % intervals.
+"""
+
+from collections.abc import Callable
+from itertools import cycle
+from pathlib import Path
+
+import numpy as np
+import torch
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure  # not pyplot, which would choose a backend for the whole process
+
+from empg import gradient_scale
+from figures import LOOKS
+from paper.measure import BINS
+from paper.rows import RESULTS, Row, Study, estimate, read_rows
+
+PAIRS = {"GRPO": ("grpo", "grpo_empg"), "DAPO": ("dapo", "dapo_empg")}
+PARTS = {"EMPG": "empg", "scaling only": "scaling", "bonus only": "bonus"}
+
+
+def looks() -> cycle:
+    return cycle(
+        {"color": color, "marker": marker, "linestyle": line}
+        for color, marker, line in zip(LOOKS["color"], LOOKS["marker"], ("-", "--", "-.", ":"), strict=False)
+    )
+
+
+def band(axis: Axes, x: list[float], rows: list[Row], values: Callable[[Row], list[float]], **look) -> None:
+    """The mean over seeds of a list of values, with its interval as a band."""
+    means = [estimate(list(column)) for column in zip(*map(values, rows), strict=True)]
+    axis.plot(x, [m.mean for m in means], markersize=4, **look)
+    if len(rows) > 1:
+        limits = [m.low for m in means], [m.high for m in means]
+        axis.fill_between(x, *limits, color=look["color"], alpha=0.15, linewidth=0)
+
+
+def learning_curves() -> Figure:
+    """Success while training, baseline and EMPG, and the paired differences of the final evaluation."""
+    study = Study(read_rows("house"))
+    pairs = {name: pair for name, pair in PAIRS.items() if all(map(study.of, pair))}
+    figure = Figure(figsize=(4 * len(pairs) + 4, 3.6), layout="constrained")
+    *curves, forest = figure.subplots(1, len(pairs) + 1)
+    for axis, (name, pair) in zip(curves, pairs.items(), strict=True):
+        seeds = study.seeds(*pair)
+        for method, label, look in zip(pair, (name, f"{name} + EMPG"), looks(), strict=False):
+            rows = [study.rows[method][seed] for seed in seeds]
+            iterations = range(1, len(rows[0]["curve"]) + 1)
+            band(axis, iterations, rows, lambda row: [100 * x for x in row["curve"]], label=label, **look)
+        title = f"{name} in House, {len(seeds)} seeds"
+        axis.set(xlabel="iteration (64 episodes)", ylabel="success on new tasks, %", ylim=(0, 100), title=title)
+        axis.legend(loc="lower right")
+        axis.grid(alpha=0.3)
+    differences(forest, study, pairs)
+    return figure
+
+
+def differences(axis: Axes, study: Study, pairs: dict) -> None:
+    """The final evaluation of each part of EMPG minus its baseline, paired by seed."""
+    names = [
+        (f"{name} + {part}", f"{name.lower()}_{key}", name.lower()) for name in pairs for part, key in PARTS.items()
+    ]
+    shown = [(label, study.difference(method, base)) for label, method, base in names if study.seeds(method, base)]
+    for place, (_, gain) in enumerate(shown):
+        error = [[100 * (gain.mean - gain.low)], [100 * (gain.high - gain.mean)]] if gain.seeds > 1 else None
+        look = {"color": LOOKS["color"][place // len(PARTS)], "marker": LOOKS["marker"][place % len(PARTS)]}
+        axis.errorbar(100 * gain.mean, -place, xerr=error, capsize=3, linestyle="none", **look)
+    axis.axvline(0, color="black", linewidth=0.8)
+    axis.set_yticks([-i for i in range(len(shown))], [f"{label}\n({gain.seeds} seeds)" for label, gain in shown])
+    axis.set(xlabel="minus the baseline, points", title="1,000 unseen tasks, paired by seed")
+    axis.grid(alpha=0.3, axis="x")
+
+
+def kl() -> Figure:
+    """KL to the first policy while training."""
+    study = Study(read_rows("house"))
+    figure = Figure(figsize=(5, 3.4), layout="constrained")
+    axis = figure.subplots()
+    for (label, method), look in zip(labelled(study), looks(), strict=False):
+        rows = study.of(method)
+        iterations = [iteration for iteration, _ in rows[0]["kl"]]
+        band(axis, iterations, rows, lambda row: [value for _, value in row["kl"]], label=label, **look)
+    axis.set(
+        xlabel="iterations trained", ylabel="KL to the first policy\n(k3 estimate, nats per token)", ylim=(0, None)
+    )
+    axis.legend()
+    axis.grid(alpha=0.3)
+    return figure
+
+
+def labelled(study: Study) -> list[tuple[str, str]]:
+    """Label and name of the baselines and of EMPG on them, of those that have rows."""
+    labels = [
+        (f"{name} + EMPG" if method.endswith("empg") else name, method)
+        for name, pair in PAIRS.items()
+        for method in pair
+    ]
+    return [(label, method) for label, method in labels if study.of(method)]
+
+
+def entropy_change() -> Figure:
+    """How training changed the entropy of fixed texts, by percentile of the entropy before."""
+    study = Study(read_rows("house"))
+    figure = Figure(figsize=(8, 3.4), layout="constrained")
+    axes = figure.subplots(1, 2)
+    percentiles = [100 * (i + 0.5) / BINS for i in range(BINS)]
+    for axis, level in zip(axes, ("step", "token"), strict=True):
+        for (label, method), look in zip(labelled(study), looks(), strict=False):
+            change = lambda row, level=level: [after - before for before, after in row["entropy_change"][level]]  # noqa: E731
+            band(axis, percentiles, study.of(method), change, label=label, **look)
+        axis.axhline(0, color="black", linewidth=0.8)
+        axis.set(
+            xlabel=f"percentile of the {level}'s entropy before training",
+            ylabel="change of entropy (nats)",
+            title=f"{level}s",
+        )
+        axis.grid(alpha=0.3)
+    axes[0].legend()
+    return figure
+
+
+def proposition() -> Figure:
+    """Proposition 1: the expected squared norm of the score against entropy, and the tiny model's own tokens."""
+    tokens = np.array([point for row in read_rows("house") if row["method"] == "grpo" for point in row["score_norm"]])
+    figure = Figure(figsize=(8, 3.4), layout="constrained")
+    axes = figure.subplots(1, 2, sharey=True)
+    renyi = np.linspace(0, 4, 200)
+    for axis, column, name in zip(axes, (1, 0), ("Rényi-2 entropy H₂", "Shannon entropy H"), strict=True):
+        axis.plot(renyi, 1 - np.exp(-renyi), color=LOOKS["color"][0], label="1 − exp(−entropy)")
+        axis.plot(
+            tokens[:, column],
+            tokens[:, 2],
+            ".",
+            color=LOOKS["color"][1],
+            markersize=3,
+            label="tokens of the tiny model",
+        )
+        axis.set(xlabel=f"{name} of the token (nats)")
+        axis.grid(alpha=0.3)
+    axes[0].set(ylabel="E‖∇ log π‖², dimensionless")
+    axes[0].legend(loc="lower right")
+    return figure
+
+
+def g_and_f() -> Figure:
+    """g and f against H_norm for several k, above the H_norm that really occurs."""
+    counts = np.sum([row["norm_entropy"] for row in read_rows("house") if row["method"] == "grpo_empg"], axis=0)
+    edges = np.linspace(0, 1, BINS + 1)
+    middles = torch.tensor((edges[:-1] + edges[1:]) / 2).repeat_interleave(torch.tensor(counts))[None]
+    figure = Figure(figsize=(8, 5), layout="constrained")
+    (g_axis, f_axis), lower = figure.subplots(2, 2, sharex=True, height_ratios=(3, 1))
+    h = np.linspace(0, 1, 101)
+    for k, look in zip((0.5, 1.0, 2.0, -1.0), looks(), strict=False):
+        look = {"color": look["color"], "linestyle": look["linestyle"]}
+        scale = gradient_scale(middles, torch.ones_like(middles, dtype=torch.bool), k=k)
+        at_zero = float(scale[0, 0]) * np.exp(k * float(middles[0, 0]))  # 1 / mean exp(-k H_norm)
+        g_axis.plot(h, at_zero * np.exp(-k * h), label=f"k = {k:g}", **look)
+        if k > 0:
+            f_axis.plot(h, np.exp(-k * h), label=f"k' = {k:g}", **look)
+    g_axis.axhline(1, color="black", linewidth=0.8)
+    g_axis.set(ylabel="g(H), dimensionless", title="scale of the step's own advantage")
+    f_axis.set(ylabel="f(H), dimensionless", title="bonus of the step before, times ζ", ylim=(0, 1.05))
+    for axis in (g_axis, f_axis):
+        axis.legend()
+        axis.grid(alpha=0.3)
+    for axis in lower:
+        axis.bar(edges[:-1], 100 * counts / counts.sum(), width=1 / BINS, align="edge", color="0.6", edgecolor="0.3")
+        axis.set(xlabel="H_norm of the step, dimensionless", ylabel="steps, %")
+    return figure
+
+
+def sensitivity() -> Figure:
+    """Success minus GRPO's, paired by seed, against k and against zeta."""
+    study = Study(read_rows("house"))
+    settings = {
+        "k": {0: "grpo_bonus", 0.5: "grpo_empg_k0.5", 1: "grpo_empg", 2: "grpo_empg_k2", -1: "grpo_empg_reversed"},
+        "ζ": {0: "grpo_scaling", 0.05: "grpo_empg_zeta0.05", 0.1: "grpo_empg", 0.5: "grpo_empg_zeta0.5"},
+    }
+    figure = Figure(figsize=(8, 3.2), layout="constrained")
+    for axis, (name, methods), look in zip(figure.subplots(1, 2, sharey=True), settings.items(), looks(), strict=False):
+        there = {
+            value: study.difference(method, "grpo") for value, method in sorted(methods.items()) if study.of(method)
+        }
+        means = [100 * gain.mean for gain in there.values()]
+        errors = [100 * (gain.high - gain.mean) if gain.seeds > 1 else 0 for gain in there.values()]
+        axis.errorbar(list(there), means, errors, capsize=3, **look)
+        for value, gain in there.items():
+            axis.annotate(
+                f"n={gain.seeds}", (value, 100 * gain.mean), textcoords="offset points", xytext=(4, 6), fontsize=7
+            )
+        axis.axhline(0, color="black", linewidth=0.8)
+        axis.set(xlabel=f"{name}, dimensionless", ylabel="success minus GRPO's, points")
+        axis.grid(alpha=0.3)
+    return figure
+
+
+def credit() -> Figure:
+    """The true credit by fifth of entropy, and how much better than GRPO's each method's advantages agree with it."""
+    rows = read_rows("credit")
+    figure = Figure(figsize=(10, 3.8), layout="constrained")
+    by_entropy, gains = figure.subplots(1, 2)
+    for shift, (row, look) in enumerate(zip(rows, looks(), strict=False)):
+        label = f"{row['world']}, {row['checkpoint']} iterations, {100 * row['success']:.0f} % success"
+        fifths = np.array([fifth["credit"] for fifth in row["credit_by_entropy"]])
+        errors = np.abs(fifths[:, 1:] - fifths[:, :1]).T
+        by_entropy.errorbar(np.arange(1, 6) + 0.05 * shift, fifths[:, 0], errors, capsize=3, label=label, **look)
+        methods = [name for name, measures in row["credit"].items() if "pearson_gain" in measures]
+        values = np.array([row["credit"][name]["pearson_gain"] for name in methods])
+        errors = np.abs(values[:, 1:] - values[:, :1]).T
+        places = -np.arange(len(methods)) - 0.15 * shift
+        gains.errorbar(values[:, 0], places, xerr=errors, capsize=2, **look | {"linestyle": "none"})
+        gains.set_yticks(-np.arange(len(methods)), [name.removeprefix("grpo_") for name in methods])
+    by_entropy.set(
+        xlabel="fifth of the steps by entropy, lowest first",
+        ylabel="true credit of a step\n(root mean square, success)",
+    )
+    by_entropy.legend()
+    gains.axvline(0, color="black", linewidth=0.8)
+    gains.set(xlabel="correlation with the true advantages, minus GRPO's")
+    for axis in (by_entropy, gains):
+        axis.grid(alpha=0.3)
+    return figure
+
+
+def draw_all() -> list[Path]:
+    """Write every figure whose rows are there; returns the files."""
+    files = []
+    for draw in (learning_curves, kl, entropy_change, proposition, g_and_f, sensitivity, credit):
+        if read_rows("credit" if draw is credit else "house"):
+            files.append(RESULTS / f"{draw.__name__}.png")
+            draw().savefig(files[-1], dpi=120)
+    return files

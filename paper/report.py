@@ -1,0 +1,220 @@
+"""Tables and figures from the committed rows: the tables of docs/results.md and README.md, and docs/results/*.png.
+
+    python -m paper.report            all of them, in a few seconds
+    python -m paper.report --check    change nothing; status 1 if a table is not what the rows give
+
+A table stands between two marks, <!-- NAME --> and <!-- end -->. The sentences around it are written by hand.
+"""
+
+import re
+from argparse import ArgumentParser, RawDescriptionHelpFormatter
+from pathlib import Path
+
+from paper import pictures
+from paper.rows import Study, area, collapsed, drift, read_rows
+
+ROOT = Path(__file__).parents[1]
+DOCUMENTS = ("README.md", "docs/results.md")
+TITLES = {
+    "grpo": "GRPO",
+    "grpo_empg": "GRPO + EMPG",
+    "grpo_scaling": "GRPO + scaling only",
+    "grpo_bonus": "GRPO + bonus only",
+    "dapo": "DAPO",
+    "dapo_empg": "DAPO + EMPG",
+    "dapo_scaling": "DAPO + scaling only",
+    "dapo_bonus": "DAPO + bonus only",
+    "grpo_empg_rank": "GRPO + EMPG, entropy by rank",
+    "grpo_empg_mixed": "GRPO + EMPG, bonus only where rewards differ",
+    "grpo_empg_reversed": "GRPO + EMPG, k = −1",
+    "true": "the true advantages",
+}
+MAIN = tuple(TITLES)[:8]
+BEYOND = ("grpo_empg", "grpo_empg_rank", "grpo_empg_mixed", "grpo_empg_reversed")
+WORLDS = {"house": "House", "search": "Deep Search", "webshop": "WebShop", "alfworld": "ALFWorld"}
+# Success of Qwen2.5 in the paper, in percent: baseline -> with EMPG.
+PAPER = {
+    ("alfworld", "grpo"): "65.6 → 73.7 (1.5B), 74.8 → 78.5 (7B)",
+    ("alfworld", "dapo"): "80.8 → 88.1 (1.5B), 90.0 → 91.6 (7B)",
+    ("webshop", "grpo"): "58.2 → 60.8 (1.5B), 65.6 → 69.3 (7B)",
+    ("webshop", "dapo"): "73.2 → 73.8 (1.5B), 79.6 → 82.7 (7B)",
+    ("search", "dapo"): "62.0 → 65.3 (32B)",
+}
+
+
+def baseline(method: str) -> str:
+    return method.split("_")[0]
+
+
+def markdown(head: list[str], rows: list[list[str]]) -> str:
+    lines = [head, ["---"] * len(head), *rows]
+    return "\n".join("| " + " | ".join(line) + " |" for line in lines)
+
+
+def studies() -> dict[str, Study]:
+    """The worlds that have rows."""
+    return {world: Study(rows) for world in WORLDS if (rows := read_rows(world))}
+
+
+def success_table(methods: tuple[str, ...] = MAIN) -> str:
+    """Success in the final evaluation, and the paired difference to the baseline, for every world with rows."""
+    rows = []
+    for world, study in studies().items():
+        for method in methods:
+            if not study.of(method):
+                continue
+            plain, difference = baseline(method), study.difference(method, baseline(method))
+            cells = [WORLDS[world], TITLES[method], study.mean(method).text()]
+            cells += ["" if method == plain else difference.text(sign=True)]
+            rows.append([*cells, str(len(study.of(method)) if method == plain else difference.seeds)])
+    return markdown(["world", "method", "success, %", "difference to the baseline, points", "seeds"], rows)
+
+
+def headline_table() -> str:
+    """EMPG against its baseline, beside the paper."""
+    rows = []
+    for world, study in studies().items():
+        for plain in ("grpo", "dapo"):
+            method = f"{plain}_empg"
+            difference = study.difference(method, plain)
+            if difference.seeds:
+                cells = [f"{WORLDS[world]}, {TITLES[plain]}", study.mean(plain).text(), study.mean(method).text()]
+                cells += [difference.text(sign=True), str(difference.seeds), PAPER.get((world, plain), "not in it")]
+                rows.append(cells)
+    head = ["", "baseline, %", "with EMPG, %", "difference, points", "seeds", "paper, % (Qwen2.5)"]
+    return markdown(head, rows)
+
+
+def secondary_table() -> str:
+    rows = []
+    for world, study in studies().items():
+        for method in MAIN:
+            if not study.of(method):
+                continue
+            plain = baseline(method)
+            gain = "" if method == plain else study.difference(method, plain, area).text(sign=True)
+            lost = f"{sum(map(collapsed, study.of(method)))} of {len(study.of(method))}"
+            kl = study.mean(method, drift).text(1, 3)
+            rows.append([WORLDS[world], TITLES[method], study.mean(method, area).text(), gain, kl, lost])
+    head = [
+        "world",
+        "method",
+        "area under the curve, %",
+        "difference, points",
+        "KL to the first policy, nats per token",
+    ]
+    return markdown([*head, "collapsed"], rows)
+
+
+def beyond_table() -> str:
+    study, rows = studies()["house"], []
+    for method in BEYOND:
+        if study.of(method):
+            to_empg = "" if method == "grpo_empg" else study.difference(method, "grpo_empg").text(sign=True)
+            to_grpo = study.difference(method, "grpo")
+            rows.append(
+                [TITLES[method], study.mean(method).text(), to_grpo.text(sign=True), to_empg, str(to_grpo.seeds)]
+            )
+    return markdown(["method", "success, %", "minus GRPO, points", "minus EMPG, points", "seeds"], rows)
+
+
+def split_table() -> str:
+    """Success by split and task type, of the worlds that have more than one split."""
+    rows = []
+    for world, study in studies().items():
+        for split in next(iter(study.rows["grpo"].values()))["eval"]:
+            types = sorted({name for row in study.of("grpo") for name in row["eval"][split]["task_types"]})
+            for name in ("all", *types):
+                measure = lambda row, split=split, name=name: (  # noqa: E731
+                    row["eval"][split] if name == "all" else row["eval"][split]["task_types"][name]
+                )["success"]
+                cells = [study.mean(method, measure).text() for method in ("grpo", "grpo_empg")]
+                gain = study.difference("grpo_empg", "grpo", measure).text(sign=True)
+                rows.append([WORLDS[world], split, name, *cells, gain])
+    return markdown(["world", "split", "tasks", "GRPO, %", "GRPO + EMPG, %", "difference, points"], rows)
+
+
+# ------------------------------------------------------------------------------------------------- credit and gradient
+
+
+def interval(numbers: list[float], decimals: int = 3, sign: bool = False) -> str:
+    """A value and its bootstrap interval as text."""
+    value, low, high = (f"{x:{'+' if sign else ''}.{decimals}f}" for x in numbers)
+    return f"{value} ({low} to {high})".replace("-", "−")
+
+
+def policy_name(row: dict) -> str:
+    return f"{WORLDS[row['world']]}, {row['checkpoint']} iterations, {100 * row['success']:.0f} %"
+
+
+def credit_table() -> str:
+    """Correlation of each method's advantages with the true ones."""
+    rows = []
+    for row in read_rows("credit"):
+        for method, measures in row["credit"].items():
+            gain = interval(measures["pearson_gain"], sign=True) if "pearson_gain" in measures else ""
+            cells = [interval(measures["pearson"]), gain, interval(measures["spearman"]), interval(measures["sign"], 2)]
+            rows.append([policy_name(row), TITLES[method], *cells])
+    return markdown(["policy", "advantages", "correlation", "minus GRPO's", "rank correlation", "same sign"], rows)
+
+
+def entropy_table() -> str:
+    """Size of the true credit by fifth of step entropy."""
+    rows = []
+    for row in read_rows("credit"):
+        rows.append([policy_name(row), *(interval(fifth["credit"]) for fifth in row["credit_by_entropy"])])
+    return markdown(["policy", "lowest fifth", "second", "third", "fourth", "highest fifth"], rows)
+
+
+def gradient_table() -> str:
+    rows = []
+    for row in read_rows("credit"):
+        for method, measures in row["update"].items():
+            gain = interval(measures["direction_gain"], sign=True) if "direction_gain" in measures else ""
+            cells = [interval(measures["direction"]), gain, interval(measures["own"]), interval(measures["signal"])]
+            rows.append([policy_name(row), TITLES[method], *cells])
+    head = ["policy", "advantages", "cosine with the true gradient", "minus GRPO's", "on the same batch"]
+    return markdown([*head, "share of signal"], rows)
+
+
+TABLES = {
+    "headline": headline_table,
+    "success": success_table,
+    "secondary": secondary_table,
+    "beyond": beyond_table,
+    "splits": split_table,
+    "credit": credit_table,
+    "credit by entropy": entropy_table,
+    "gradient": gradient_table,
+}
+
+
+def filled(text: str) -> str:
+    """The document with every marked table made anew. Raises KeyError for a mark without a table."""
+
+    def table(match: re.Match) -> str:
+        return f"{match[1]}\n{TABLES[match[2]]()}\n{match[3]}"
+
+    return re.sub(r"(<!-- ([a-z ]+) -->)\n.*?\n?(<!-- end -->)", table, text, flags=re.DOTALL)
+
+
+def main() -> None:
+    parser = ArgumentParser(description=__doc__, formatter_class=RawDescriptionHelpFormatter)
+    parser.add_argument("--check", action="store_true", help="only compare the tables with the rows")
+    check, stale = parser.parse_args().check, []
+    for name in DOCUMENTS:
+        path = ROOT / name
+        old, new = path.read_text(), filled(path.read_text())
+        if check and old != new:
+            stale.append(name)
+        if not check:
+            path.write_text(new)
+    if stale:
+        raise SystemExit(f"not what the rows give: {', '.join(stale)}; run python -m paper.report")
+    if not check:
+        for picture in pictures.draw_all():
+            print(picture)
+
+
+if __name__ == "__main__":
+    main()

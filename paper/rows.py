@@ -1,0 +1,97 @@
+"""The committed rows of the study, and their statistics: means over seeds, and differences paired by seed.
+
+Intervals are 95 %, by the t distribution: of a mean over the seeds, of a paired difference over its differences.
+"""
+
+import json
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+from scipy import stats
+
+RESULTS = Path(__file__).parents[1] / "docs" / "results"
+
+Row = dict
+Measure = Callable[[Row], float]
+
+
+@dataclass(frozen=True)
+class Estimate:
+    """A mean over seeds with its 95 % interval, which is infinite for a single seed."""
+
+    mean: float
+    low: float
+    high: float
+    seeds: int
+
+    def text(self, factor: float = 100, decimals: int = 1, sign: bool = False) -> str:
+        """Mean and interval as text, times the factor; 100 makes percent of a share."""
+        form = f"{'+' if sign else ''}.{decimals}f"
+        if self.seeds == 0:
+            return "no row yet"
+        mean = f"{factor * self.mean:{form}}"
+        interval = f" ({factor * self.low:{form}} to {factor * self.high:{form}})" if self.seeds > 1 else " (one seed)"
+        return (mean + interval).replace("-", "−")
+
+
+def estimate(values: list[float]) -> Estimate:
+    """The mean of one value a seed."""
+    if len(values) < 2:
+        return Estimate(values[0] if values else np.nan, -np.inf, np.inf, len(values))
+    mean, error = float(np.mean(values)), float(stats.sem(values))
+    half = error * float(stats.t.ppf(0.975, len(values) - 1))
+    return Estimate(mean, mean - half, mean + half, len(values))
+
+
+def success(row: Row) -> float:
+    """Share of the held-out tasks that the trained policy solved, all splits pooled."""
+    parts = row["eval"].values()
+    return sum(part["success"] * part["episodes"] for part in parts) / sum(part["episodes"] for part in parts)
+
+
+def area(row: Row) -> float:
+    """Area under the learning curve: the mean over iterations of the success of the sampled episodes."""
+    return float(np.mean(row["curve"]))
+
+
+def drift(row: Row) -> float:
+    """KL from the trained policy to the first one, nats per token."""
+    return row["kl"][-1][1]
+
+
+def collapsed(row: Row) -> bool:
+    """Whether the run ended with less success than its warm start had in iteration 1."""
+    return success(row) < row["curve"][0]
+
+
+class Study:
+    """The rows of one world: by method and seed."""
+
+    def __init__(self, rows: list[Row]):
+        self.rows: dict[str, dict[int, Row]] = {}
+        for row in rows:
+            self.rows.setdefault(row["method"], {})[row["seed"]] = row
+
+    def of(self, method: str) -> list[Row]:
+        """The rows of a method, by seed."""
+        return [row for _, row in sorted(self.rows.get(method, {}).items())]
+
+    def seeds(self, *methods: str) -> list[int]:
+        """The seeds that all these methods have a row of."""
+        return sorted(set.intersection(*(set(self.rows.get(method, {})) for method in methods)))
+
+    def mean(self, method: str, measure: Measure = success) -> Estimate:
+        return estimate([measure(row) for row in self.of(method)])
+
+    def difference(self, method: str, baseline: str, measure: Measure = success) -> Estimate:
+        """The method minus the baseline, paired by seed."""
+        pairs = [(self.rows[method][seed], self.rows[baseline][seed]) for seed in self.seeds(method, baseline)]
+        return estimate([measure(a) - measure(b) for a, b in pairs])
+
+
+def read_rows(name: str) -> list[Row]:
+    """The rows of docs/results/NAME.jsonl; none if there is no such file."""
+    file = RESULTS / f"{name}.jsonl"
+    return [json.loads(line) for line in file.read_text().splitlines()] if file.exists() else []
