@@ -47,12 +47,18 @@ def kept(episodes: list[Episode], decode) -> list[dict]:
 
 
 def poison(records: list[dict]) -> list[dict]:
-    """The same records with hostile texts in every place where a world or a model can write."""
+    """The same records with hostile texts in every place where a world or a model can write, and four times as long.
+
+    Sixteen steps are wider than a phone.
+    """
     records = json.loads(json.dumps(records))
     for number, record in enumerate(records):
         hostile = [HOSTILE[(number + shift) % len(HOSTILE)] for shift in range(len(HOSTILE))]
         record["prompt"], record["info"]["error"] = hostile[0], hostile[1]
         record["task"]["split"] = hostile[2]
+        lists = {name: value * 4 for name, value in record["modulation"].items() if name != "base"}
+        record["modulation"] |= lists
+        record |= {"steps": record["steps"] * 4, "tokens": record["tokens"] * 4}
         record["tokens"] = [hostile[place % 5] for place, _ in enumerate(record["tokens"])]
         for step in record["steps"]:
             step |= {"thought": hostile[2], "action": hostile[3], "observation": hostile[4]}
@@ -115,12 +121,20 @@ def test_the_limits_of_the_filters_come_from_all_steps_and_the_first_groups_are_
     )
 
 
-def test_steps_that_are_all_equally_certain_are_in_no_filter(records, tmp_path):
-    records = json.loads(json.dumps(records))
-    for record in records:
-        record["modulation"]["norm_entropy"] = [0.0] * len(record["steps"])
+@pytest.mark.parametrize(
+    ("norm_entropy", "found"),
+    [
+        ([0.0, 1.0, 0.0, 1.0], {"mistake": {0.0}, "uncertain": {1.0}}),  # the limits are 0 and 1: they are inclusive
+        ([0.0, 0.0, 0.0, 0.0], {"mistake": set(), "uncertain": set()}),  # all steps are equally certain
+    ],
+)
+def test_a_step_at_the_limit_is_found_unless_both_limits_are_equal(norm_entropy, found, records, tmp_path):
+    records = [change(modulation__norm_entropy=norm_entropy[: len(r["steps"])])(r) for r in records]
     (batch,) = page.read_run(write_run(tmp_path, {"episodes/000001.jsonl": records}))["batches"]
-    assert {step["filter"] for group in batch["groups"] for e in group for step in e["steps"]} == {""}
+    for episode in (episode for group in batch["groups"] for episode in group):
+        for step in episode["steps"]:
+            kind = "uncertain" if episode["success"] else "mistake"
+            assert step["filter"] == (kind if step["norm_entropy"] in found[kind] else "")
 
 
 def test_the_file_names_no_other_file_and_holds_texts_as_escaped_json_alone(files, tmp_path):

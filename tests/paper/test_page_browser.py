@@ -233,6 +233,16 @@ def test_it_opens_without_errors_or_requests_and_fits_the_width(shown, width):
     assert shown.driver.get_log("browser") == []
 
 
+def test_a_step_is_chosen_with_the_keyboard_alone(shown):
+    from selenium.webdriver.common.keys import Keys
+
+    shown.open("#2-episodes/0/1")
+    shown.run("document.querySelectorAll('tbody tr')[2].querySelector('a').focus()")
+    for key in (Keys.TAB, Keys.ARROW_RIGHT, Keys.ARROW_RIGHT, Keys.ARROW_LEFT, Keys.ENTER):
+        shown.driver.switch_to.active_element.send_keys(key)
+    assert shown.run("return location.hash") == "#2-episodes/0/2/1"
+
+
 def test_pointer_and_arrow_keys_read_the_entropy_of_a_token(shown):
     from selenium.webdriver.common.action_chains import ActionChains
     from selenium.webdriver.common.by import By
