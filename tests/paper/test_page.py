@@ -47,19 +47,20 @@ def kept(episodes: list[Episode], decode) -> list[dict]:
 
 
 def poison(records: list[dict]) -> list[dict]:
-    """The same records with hostile texts in every place where a world or a model can write, and four times as long.
+    """The same records with hostile texts in every place where a world or a model can write.
 
-    Sixteen steps are wider than a phone.
+    The episodes are four times as long, because sixteen steps are wider than a phone. The last one has no step.
     """
     records = json.loads(json.dumps(records))
     for number, record in enumerate(records):
         hostile = [HOSTILE[(number + shift) % len(HOSTILE)] for shift in range(len(HOSTILE))]
         record["prompt"], record["info"]["error"] = hostile[0], hostile[1]
         record["task"]["split"] = hostile[2]
-        lists = {name: value * 4 for name, value in record["modulation"].items() if name != "base"}
-        record["modulation"] |= lists
-        record |= {"steps": record["steps"] * 4, "tokens": record["tokens"] * 4}
-        record["tokens"] = [hostile[place % 5] for place, _ in enumerate(record["tokens"])]
+        times = 4 if number < 5 else 0
+        for name in ("norm_entropy", "g", "f", "advantage"):
+            record["modulation"][name] *= times
+        tokens = len(record["tokens"]) * times
+        record |= {"steps": record["steps"] * times, "tokens": [hostile[place % 5] for place in range(tokens)]}
         for step in record["steps"]:
             step |= {"thought": hostile[2], "action": hostile[3], "observation": hostile[4]}
     return records
@@ -77,11 +78,10 @@ def measure(records: list[dict]) -> list[dict]:
 
 def write_run(folder: Path, files: dict[str, list[dict]], **settings) -> Path:
     """A run folder with these files: the name, and the records in it."""
-    for name, records in {"config.json": None, **files}.items():
-        text = json.dumps({"argv": [], "config": SETTINGS | settings})
-        text = text if records is None else "".join(json.dumps(record) + "\n" for record in records)
+    for name, records in files.items():
         (folder / name).parent.mkdir(parents=True, exist_ok=True)
-        (folder / name).write_text(text)
+        (folder / name).write_text("".join(json.dumps(record) + "\n" for record in records))
+    (folder / "config.json").write_text(json.dumps({"argv": [], "config": SETTINGS | settings}))
     return folder
 
 
@@ -115,10 +115,8 @@ def test_the_limits_of_the_filters_come_from_all_steps_and_the_first_groups_are_
     (whole, *_), (first,) = everything["batches"], part["batches"]
     assert whole.pop("groups")[:1] == first.pop("groups")
     assert whole == first
-    assert (first["kept"], first["steps"]) == (
-        2,
-        sum(len(record["steps"]) for record in files["episodes/000002.jsonl"]),
-    )
+    assert first["kept"] == 2
+    assert first["steps"] == sum(len(record["steps"]) for record in files["episodes/000002.jsonl"])
 
 
 @pytest.mark.parametrize(
@@ -148,6 +146,12 @@ def test_the_file_names_no_other_file_and_holds_texts_as_escaped_json_alone(file
     assert json.loads(data) == page.read_run(run)
     assert html.count("<script") == html.count("</script>") == template.count("<script") == 2
     assert "<i>" not in html
+
+
+@pytest.mark.parametrize(("empg", "words"), [(True, "EMPG with k = 1.0"), (False, "without EMPG")])
+def test_the_page_says_how_the_run_was_trained(empg, words, records, tmp_path):
+    run = write_run(tmp_path, {"episodes/000001.jsonl": records}, empg=empg)
+    assert words in page.page(page.read_run(run)).replace("\n", " ")
 
 
 def change(**changes):
