@@ -46,6 +46,8 @@ def read_run(run: Path, iterations: Sequence[int] = (), max_groups: int = 8) -> 
     """
     files = {(int(path.stem), folder): path for folder in FOLDERS for path in (run / folder).glob("[0-9]*.jsonl")}
     kept = sorted({iteration for iteration, _ in files})
+    if not run.is_dir():
+        raise ValueError(f"{run}: no such folder")
     if not kept:
         raise ValueError(f"{run}: no kept episodes; a run writes them to its folder episodes/")
     if missing := sorted(set(iterations) - set(kept)):

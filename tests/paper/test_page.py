@@ -40,6 +40,7 @@ def kept(episodes: list[Episode], decode) -> list[dict]:
     advantage = center(base[:, None] * g + SETTINGS["zeta"] * f, valid)
     values = {"norm_entropy": norm_entropy, "g": g, "f": f, "advantage": advantage}
     for row, record in enumerate(records):
+        record["steps"][0]["valid"] = row % 2 == 0  # the tiny policy may know no valid action
         lists = {name: value[row, : len(record["steps"])].tolist() for name, value in values.items()}
         sampled = [token for token, step in zip(record["ids"], record["step_ids"], strict=True) if step >= 0]
         record |= {"modulation": {"base": float(base[row])} | lists, "tokens": [decode([token]) for token in sampled]}
@@ -217,6 +218,11 @@ def test_a_run_that_cannot_be_shown_is_refused_in_one_line(name, text, arguments
         page.main([str(run), *arguments])
     assert complaint in error.value.code
     assert "\n" not in error.value.code
+
+
+def test_a_folder_that_is_not_there_is_named(tmp_path):
+    with pytest.raises(SystemExit, match=r"paper\.page: .*nowhere: no such folder$"):
+        page.main([str(tmp_path / "nowhere")])
 
 
 @pytest.mark.parametrize(
