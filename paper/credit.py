@@ -289,6 +289,8 @@ def measure_credit(
     )
     true, *halves = (np.concatenate([np.diff(v) for v in part]) for part in (value, *of_halves))
     halves = np.stack(halves)
+    if not true.any():
+        raise SystemExit(f"no credit to measure: all {len(episodes)} episodes and all continuations ended alike")
     group = np.concatenate([np.full(len(e.steps), i // size) for i, e in enumerate(episodes)])
     entropy = np.array([step.entropy for episode in episodes for step in episode.steps])
 
