@@ -255,9 +255,10 @@ def gradient_measures(
         m = methods.index(method)
         size = expected(m, m, rows, batch_groups)
         if name == "signal":
-            return expected(m, m, rows, np.inf) / size
+            return expected(m, m, rows, np.inf) / size if size > 0 else np.nan
         common, number = (batch_groups, batch_groups) if name == "own" else (np.inf, groups - batch_groups)
-        return expected(m, true, rows, common) / float(np.sqrt(size * expected(true, true, rows, number)))
+        norms = size * expected(true, true, rows, number)
+        return expected(m, true, rows, common) / norms**0.5 if norms > 0 else np.nan  # nan: nothing to learn in these
 
     return against_first(methods, ["direction", "own", "signal"], measure, np.arange(groups), resamples)
 
