@@ -80,8 +80,8 @@ def kl() -> Figure:
     axis = figure.subplots()
     for (label, method), look in zip(labelled(study), looks(), strict=False):
         rows = study.of(method)
-        iterations = [iteration for iteration, _ in rows[0]["kl"]]
-        band(axis, iterations, rows, lambda row: [value for _, value in row["kl"]], label=label, **look)
+        iterations = [0, *(iteration for iteration, _ in rows[0]["kl"])]  # where it begins it is the first policy
+        band(axis, iterations, rows, lambda row: [0.0, *(value for _, value in row["kl"])], label=label, **look)
     axis.set(
         xlabel="iterations trained", ylabel="KL to the first policy\n(k3 estimate, nats per token)", ylim=(0, None)
     )
@@ -224,10 +224,13 @@ def credit() -> Figure:
     return figure
 
 
+FIGURES = (learning_curves, kl, entropy_change, proposition, g_and_f, sensitivity, credit)
+
+
 def draw_all() -> list[Path]:
     """Write every figure whose rows are there; returns the files."""
     files = []
-    for draw in (learning_curves, kl, entropy_change, proposition, g_and_f, sensitivity, credit):
+    for draw in FIGURES:
         if read_rows("credit" if draw is credit else "house"):
             files.append(RESULTS / f"{draw.__name__}.png")
             draw().savefig(files[-1], dpi=120)

@@ -1,0 +1,222 @@
+"""The study: methods differ in nothing but the method, rows repeat, statistics match scipy, tables match the rows."""
+
+import json
+from dataclasses import asdict
+
+import numpy as np
+import pytest
+import torch
+from scipy import stats
+
+from config import TrainConfig, parse_config
+from empg import kl_k3
+from envs import make_envs
+from episode import Task
+from paper import measure, pictures, report, study
+from paper.rows import Study, area, collapsed, estimate, read_rows, success
+from rollout import rollout
+
+METHOD_FLAGS = {"algorithm", "empg", "k", "k_future", "zeta", "normalization", "bonus_in_all_groups"}
+METHOD_FLAGS |= {"clip_low", "clip_high", "aggregation", "dynamic_sampling", "overlong_buffer"}  # of the algorithm
+
+# ---------------------------------------------------------------------------------------------------------------- runs
+
+
+@pytest.mark.parametrize("world", study.WORLDS)
+def test_methods_of_a_world_differ_in_nothing_but_the_method(world):
+    """A comparison in which one method has more iterations, or another learning rate, compares these."""
+    configs = {m: asdict(parse_config(TrainConfig, study.train_flags(world, m, 3))) for m in study.METHODS}
+    for config in configs.values():
+        assert {name for name in config if config[name] != configs["grpo"][name]} <= METHOD_FLAGS
+        assert (config["env"], config["seed"], config["threads"]) == (world, 3, 1)
+    methods = {tuple(str(config[name]) for name in sorted(METHOD_FLAGS)) for config in configs.values()}
+    assert len(methods) == len(study.METHODS)
+    for name in ("dapo_empg", "grpo_empg"):
+        assert (configs[name]["k"], configs[name]["k_future"], configs[name]["zeta"]) == (1, 1, 0.1)  # the paper's
+
+
+@pytest.fixture
+def coin(monkeypatch, tmp_path):
+    """A world of seconds in the place of the study's."""
+    flags = "--iterations 2 --eval_every 1 --tasks_per_iteration 3 --group_size 4 --demonstrations 240 --slip 0.6"
+    flags += f" --max_step_tokens 24 --max_tokens 256 --cache {tmp_path / 'cache'}"
+    monkeypatch.setitem(study.WORLDS, "coin", flags)
+    monkeypatch.setitem(study.TASKS, "coin", 12)
+
+
+def test_a_row_comes_out_the_same_again(coin, tmp_path):
+    rows = [study.run_row("coin", "grpo_empg", 3, str(tmp_path / name)) for name in ("a", "b")]
+    changing = [{name: row.pop(name) for name in ("seconds",)} for row in rows]
+    assert rows[0] == rows[1]
+    assert all(set(part["seconds"]) == {"train", "measure"} for part in changing)
+    (row, _) = rows
+    assert len(row["curve"]) == len(row["entropy"]) == 2
+    assert row["episodes"] == 24
+    assert row["eval"]["eval"]["episodes"] == 12
+    assert [iteration for iteration, _ in row["kl"]] == [0, 1, 2]
+    assert row["kl"][0][1] == pytest.approx(0, abs=1e-4)  # the first policy sampled the episodes of iteration 1
+    assert row["kl"][-1][1] > 0
+    assert sum(row["norm_entropy"]) > 0
+    assert str(tmp_path) not in row["command"]
+    assert "--methods grpo_empg --seeds 3" in row["command"]
+
+
+def test_rows_that_are_there_are_not_run_again(monkeypatch, tmp_path):
+    file = tmp_path / "rows.jsonl"
+    file.write_text(json.dumps({"method": "grpo", "seed": 1}) + "\n")
+    argv = ["study", "--world", "house", "--methods", "grpo", "--seeds", "1", "--results", str(file)]
+    monkeypatch.setattr("sys.argv", argv)
+    monkeypatch.setattr(study, "run_row", None)  # whoever runs it would call it
+    study.main()
+    assert len(file.read_text().splitlines()) == 1
+
+
+@pytest.mark.parametrize(
+    ("flag", "value", "message"),
+    [("--world", "moon", "world must be one of"), ("--methods", "ppo", "got ppo"), ("--jobs", "-1", "at least 0")],
+)
+def test_bad_flags_end_with_one_line(monkeypatch, capsys, flag, value, message):
+    argv = {"--world": "house"} | {flag: value}
+    monkeypatch.setattr("sys.argv", ["study", *(word for pair in argv.items() for word in pair)])
+    with pytest.raises(SystemExit) as error:
+        study.main()
+    assert error.value.code == 2
+    assert message in capsys.readouterr().err
+
+
+# ------------------------------------------------------------------------------------------------------------ measures
+
+
+def test_kl_to_another_policy_is_the_mean_of_k3_over_sampled_tokens(house_policy, house_episodes, monkeypatch):
+    class Sharper:
+        """The policy with its logits doubled."""
+
+        device = house_policy.device
+
+        @staticmethod
+        def model(**inputs):
+            output = house_policy.model(**inputs)
+            output.logits = 2 * output.logits
+            return output
+
+    values = []
+    for episode in house_episodes:
+        logits = house_policy.model(input_ids=torch.tensor([episode.ids])).logits[0]
+        for place, step in enumerate(episode.step_ids):
+            if step >= 0:
+                logp = (2 * logits[place - 1]).log_softmax(-1)[episode.ids[place]]
+                values.append(float(kl_k3(torch.tensor(episode.old_logp[place]), logp)))
+    assert measure.kl_to(Sharper, house_episodes) == pytest.approx(np.mean(values), rel=1e-3)
+
+
+def test_entropy_does_not_change_under_the_policy_itself(house_policy):
+    envs = make_envs("house", ["max_steps=4"], 6)
+    episodes = rollout(house_policy, envs, [Task("house", "eval", n) for n in range(6)], [(0, n) for n in range(6)])
+    change = measure.entropy_change(episodes, house_policy)
+    assert len(change["token"]) == measure.BINS
+    for before, after in change["token"] + change["step"]:
+        assert after == pytest.approx(before, abs=2e-3)
+    befores = [before for before, _ in change["token"]]
+    assert befores == sorted(befores)
+    assert befores[0] < befores[-1]
+
+
+def test_percentiles_are_equal_parts_in_the_order_of_before():
+    before, after = torch.arange(100.0).flip(0), torch.arange(100.0).flip(0) ** 2
+    parts = measure.by_percentile(before, after)
+    assert parts[1] == [7.0, (25 + 36 + 49 + 64 + 81) / 5]  # 5 to 9
+
+
+def test_points_of_proposition_1_lie_on_its_curve(house_policy, house_episodes):
+    for shannon, renyi, norm in measure.score_norm_points(house_episodes, house_policy):
+        assert norm == pytest.approx(1 - np.exp(-renyi), abs=1e-3)
+        assert renyi <= shannon + 1e-3
+
+
+# ---------------------------------------------------------------------------------------------------------- statistics
+
+
+def made_up(values: dict[str, dict[int, float]]) -> Study:
+    part = lambda x: {"episodes": 10, "success": x}  # noqa: E731
+    return Study(
+        [
+            {"method": method, "seed": seed, "eval": {"a": part(x), "b": part(x)}, "curve": [0.2, x]}
+            for method, seeds in values.items()
+            for seed, x in seeds.items()
+        ]
+    )
+
+
+def test_means_and_paired_differences_have_the_intervals_of_scipy():
+    rng = np.random.default_rng(0)
+    a, b = rng.random(7).tolist(), rng.random(7).tolist()
+    together = made_up({"grpo": dict(enumerate(a)), "grpo_empg": dict(enumerate(b))})
+    mean, difference = together.mean("grpo"), together.difference("grpo_empg", "grpo")
+    for got, expected in (
+        (mean, stats.ttest_1samp(a, 0).confidence_interval()),
+        (difference, stats.ttest_rel(b, a).confidence_interval()),
+    ):
+        assert (got.low, got.high) == pytest.approx((expected.low, expected.high))
+        assert got.seeds == 7
+    assert difference.mean == pytest.approx(np.mean(b) - np.mean(a))
+    assert together.difference("grpo_empg", "grpo", area).mean == pytest.approx(difference.mean / 2)
+
+
+def test_differences_are_of_the_seeds_that_both_have():
+    together = made_up({"grpo": {0: 0.5, 1: 0.1, 2: 0.9}, "dapo": {1: 0.2, 2: 0.9, 5: 0.7}})
+    assert together.seeds("grpo", "dapo") == [1, 2]
+    assert together.difference("dapo", "grpo").mean == pytest.approx(0.05)
+    assert [collapsed(row) for row in together.of("grpo")] == [False, True, False]
+    assert estimate([0.5]).text() == "50.0 (one seed)"
+    assert estimate([]).text() == "no row yet"
+    assert estimate([0.5, 0.5]).text(sign=True) == "+50.0 (+50.0 to +50.0)"
+
+
+# --------------------------------------------------------------------------------------------------- tables and figures
+
+
+def test_the_tables_of_the_documents_are_what_the_committed_rows_give():
+    """A number in a document is a number of a row."""
+    for name in report.DOCUMENTS:
+        text = (report.ROOT / name).read_text()
+        assert "<!-- end -->" in text
+        assert report.filled(text) == text, f"{name} is stale: python -m paper.report"
+
+
+def test_a_table_is_filled_between_its_marks_and_nothing_else_is_touched():
+    old = "before\n<!-- headline -->\nold\n<!-- end -->\nafter <!-- end -->"
+    new = report.filled(old)
+    assert new.startswith("before\n<!-- headline -->\n| ")
+    assert new.endswith("|\n<!-- end -->\nafter <!-- end -->")
+    assert report.filled(new) == new
+    with pytest.raises(KeyError):
+        report.filled("<!-- nothing -->\n<!-- end -->")
+
+
+def test_every_committed_row_can_be_repeated_and_traced():
+    for world in report.WORLDS:
+        rows = read_rows(world)
+        assert len({(row["method"], row["seed"]) for row in rows}) == len(rows)  # none twice
+        for row in rows:
+            assert (
+                row["command"]
+                == f"python -m paper.study --world {world} --methods {row['method']} --seeds {row['seed']}"
+            )
+            assert len(row["commit"]) == 40
+            config = parse_config(TrainConfig, row["train"].split()[1:])
+            expected = parse_config(TrainConfig, study.train_flags(world, row["method"], row["seed"]))
+            assert {
+                n for n in METHOD_FLAGS | {"iterations", "seed"} if getattr(config, n) != getattr(expected, n)
+            } == set()
+            assert 0 <= success(row) <= 1
+
+
+def test_the_figures_show_the_rows_and_name_their_axes():
+    figures = [draw() for draw in pictures.FIGURES if read_rows("credit" if draw is pictures.credit else "house")]
+    for figure in figures:
+        assert all(axis.get_xlabel() or axis.get_shared_x_axes().get_siblings(axis) for axis in figure.axes)
+        assert any(axis.get_ylabel() for axis in figure.axes)
+    house, line = Study(read_rows("house")), figures[0].axes[0].lines[0]
+    seeds = house.seeds("grpo", "grpo_empg")
+    curves = np.array([house.rows["grpo"][seed]["curve"] for seed in seeds])
+    assert line.get_ydata() == pytest.approx(100 * curves.mean(0))
