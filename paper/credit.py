@@ -21,7 +21,7 @@ import json
 import shlex
 import sys
 from collections.abc import Callable
-from dataclasses import dataclass, field, replace
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 
 import numpy as np
@@ -37,7 +37,7 @@ from envs import Env
 from episode import Episode, Task, collate
 from eval import open_envs
 from paper.study import METHODS, ROOT, machine, rounded
-from policy import Policy, load_policy
+from policy import Policy, PolicyError, load_policy
 from record import modulated, revision
 from rollout import play_on, rollout
 from train import assign_credit
@@ -324,8 +324,24 @@ def measure_credit(
     return row, kept
 
 
+def flags_of(config: TrainConfig) -> str:
+    """A command of train.py that makes this configuration, without the folders."""
+    plain = asdict(TrainConfig(algorithm=config.algorithm))
+    own = {name: value for name, value in asdict(config).items() if value != plain[name] or name == "algorithm"}
+    words = [(f"--{name}", *(value if isinstance(value, list) else [str(value)])) for name, value in own.items()]
+    return shlex.join(["train.py", *(word for flag in words for word in flag if flag[0] not in ("--out", "--cache"))])
+
+
 def main() -> None:
     credit = parse_config(CreditConfig)
+    try:
+        run_credit(credit)
+    except (OSError, ValueError, PolicyError) as error:
+        raise SystemExit(f"paper.credit: {error}") from error
+
+
+def run_credit(credit: CreditConfig) -> None:
+    """Measure a checkpoint of a run; append the row, and write the episodes to the folder of the run."""
     run, file = Path(credit.run), Path(credit.results or ROOT / "docs" / "results" / "credit.jsonl")
     saved = json.loads((run / "config.json").read_text())
     config = TrainConfig(**saved["config"])
@@ -335,7 +351,7 @@ def main() -> None:
     envs = open_envs(config, config.batch_size, ["train"])
     row, kept = measure_credit(credit, config, load_policy(str(folder)), envs)
     about = {"world": config.env, "seed": config.seed, "empg": config.empg, "checkpoint": credit.checkpoint}
-    about |= {"commit": revision(), "machine": machine(), "train": shlex.join(saved["argv"])}
+    about |= {"commit": revision(), "machine": machine(), "train": flags_of(config)}
     about["command"] = shlex.join(["python", "-m", "paper.credit", *sys.argv[1:]])
     (run / "credit").mkdir(exist_ok=True)
     (run / "credit" / f"{credit.checkpoint:06d}.jsonl").write_text("".join(json.dumps(entry) + "\n" for entry in kept))

@@ -11,6 +11,7 @@ import numpy as np
 import torch
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure  # not pyplot, which would choose a backend for the whole process
+from matplotlib.ticker import MaxNLocator
 
 from empg import gradient_scale
 from figures import LOOKS
@@ -51,6 +52,7 @@ def learning_curves() -> Figure:
             band(axis, iterations, rows, lambda row: [100 * x for x in row["curve"]], label=label, **look)
         title = f"{name} in House, {len(seeds)} seeds"
         axis.set(xlabel="iteration (64 episodes)", ylabel="success on new tasks, %", ylim=(0, 100), title=title)
+        axis.xaxis.set_major_locator(MaxNLocator(integer=True))
         axis.legend(loc="lower right")
         axis.grid(alpha=0.3)
     differences(forest, study, pairs)
@@ -69,7 +71,7 @@ def differences(axis: Axes, study: Study, pairs: dict) -> None:
         axis.errorbar(100 * gain.mean, -place, xerr=error, capsize=3, linestyle="none", **look)
     axis.axvline(0, color="black", linewidth=0.8)
     axis.set_yticks([-i for i in range(len(shown))], [f"{label}\n({gain.seeds} seeds)" for label, gain in shown])
-    axis.set(xlabel="minus the baseline, points", title="1,000 unseen tasks, paired by seed")
+    axis.set(xlabel="minus the baseline, points", title="final success, paired by seed")
     axis.grid(alpha=0.3, axis="x")
 
 

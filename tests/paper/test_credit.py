@@ -1,12 +1,13 @@
 """Credit against the truth: replays are exact, values add up, and every statistic is held to a loop or a simulation."""
 
+import shlex
 from dataclasses import replace
 
 import numpy as np
 import pytest
 import torch
 
-from config import TrainConfig
+from config import TrainConfig, parse_config
 from empg import group_advantages, modulate, step_entropy
 from envs import Env, careless_player, make_envs
 from episode import Episode, Step, Task, collate
@@ -207,3 +208,11 @@ def test_bad_settings_are_named():
     for name, value in (("continuations", 3), ("continuations", 0), ("batches", 0), ("checkpoint", -1)):
         with pytest.raises(ValueError, match=name):
             credit.CreditConfig(**{"run": "", "checkpoint": 0, name: value})
+
+
+def test_the_recorded_flags_make_the_same_configuration():
+    flags = "--algorithm dapo --no_empg --env search --env_args entities=40 topk=1 --seed 3 --k -1 --out elsewhere"
+    config = parse_config(TrainConfig, flags.split())
+    recorded = shlex.split(credit.flags_of(config))
+    assert replace(parse_config(TrainConfig, recorded[1:]), out="elsewhere") == config
+    assert "elsewhere" not in recorded
