@@ -44,8 +44,8 @@ class EMPGTrainer(GRPOTrainer):
     def _generate_and_score_completions(self, inputs: list[dict]) -> dict[str, Tensor]:
         """TRL's batch of this process, with "advantages" (B, L) in place of (B,).
 
-        TRL splits this batch into micro-batches afterwards, so min, max and means are taken here. They run over the
-        episodes of all processes; each process keeps its own rows.
+        TRL splits this batch into micro-batches afterwards, so EMPG's min, max and means are taken here. They run over
+        the episodes of all processes. Each process keeps its own rows.
         """
         batch = super()._generate_and_score_completions(inputs)
         step_ids = sampled_steps(batch["completion_mask"] * batch.get("tool_mask", 1))  # (B, L)
@@ -62,9 +62,7 @@ class EMPGTrainer(GRPOTrainer):
         ids = torch.cat([batch["prompt_ids"], batch["completion_ids"]], 1)
         mask = torch.cat([batch["prompt_mask"], batch["completion_mask"]], 1)
         length, rows = batch["completion_ids"].shape[1], self.args.per_device_train_batch_size
-        return self._get_per_token_logps_and_entropies(
-            self.model, ids, mask, length, batch_size=rows, compute_entropy=True
-        )[1]
+        return self._get_per_token_logps_and_entropies(self.model, ids, mask, length, rows, compute_entropy=True)[1]
 
     def _gather(self, rows: Tensor) -> Tensor:
         """The rows (B, S) of all processes, padded with 0 to the largest S."""
@@ -84,8 +82,8 @@ def sampled_steps(mask: Tensor) -> Tensor:
 
 # ---------------------------------------------------------------------- the tiny model and a world in TRL's agent loop
 
-# tiny.py's template, with two additions. An observation comes as a tool's message, and the tiny model knows it as the
-# user's. TRL requires that a tool call can be written; the ids of a sampled response are never written anew.
+# tiny.py's template with two additions. TRL hands over an observation as a tool's message; the tiny model knows it as
+# the user's. TRL also requires that a template writes tool calls. It never uses that for a response that was sampled.
 CHAT_TEMPLATE = (
     "{% for message in messages %}"
     "{{ '<|' + {'tool': 'user'}.get(message.role, message.role) + '|>' + message.content }}"
@@ -105,15 +103,13 @@ class ReActTokenizer(PreTrainedTokenizerFast):
 
 
 class AgentEnv:
-    """An environment of this project as TRL's agent loop takes it: the public methods are tools.
-
-    max_completion_length: as in GRPOConfig.
-    """
+    """An environment of this project as TRL's agent loop takes it: each public method but reset and get_reward is a
+    tool. max_completion_length: as in GRPOConfig."""
 
     def __init__(self, env: Env, max_completion_length: int):
         self._env, self._reward = env, 0.0
-        # The loop has no signal for the end of an episode (TRL issue 5389). It leaves an episode when an observation
-        # does not fit into max_completion_length, and drops that observation. So this one ends an episode.
+        # TRL's loop has no signal for the end of an episode (TRL issue 5389). It does leave an episode, and drops the
+        # observation, when the observation does not fit into max_completion_length. This one never fits.
         self._end = "end " * max_completion_length
 
     def reset(self, seed: int, **_) -> str:
@@ -125,10 +121,7 @@ class AgentEnv:
 
         Args:
             action: What to do, such as "go to drawer 1".
-
-        Returns:
-            What happens.
-        """
+        """  # in the style from which TRL reads a tool's schema
         observation, reward, terminated, truncated, _ = self._env.step(action)
         self._reward += reward
         return self._end if terminated or truncated else observation
@@ -138,12 +131,15 @@ class AgentEnv:
 
 
 def make_trainer(config: TrainConfig, policy: str, trainer: type[GRPOTrainer] = EMPGTrainer, **kwargs) -> GRPOTrainer:
-    """A trainer of TRL with the world, batch, limits and loss of `config`; policy: folder of a tiny one."""
+    """TRL's trainer, or a subclass, with the world, batch, limits and loss of `config`. policy: folder of a tiny one.
+
+    TRL leaves a response that max_step_tokens cut off without a stop token; rollout.py inserts one.
+    """
     # TRL calls parse_response only if there is a response_template.
     tokenizer = ReActTokenizer.from_pretrained(policy, chat_template=CHAT_TEMPLATE, response_template="ReAct")
     cpu = not torch.cuda.is_available()
-    processes = PartialState(cpu=cpu).num_processes
-    micro_batches = config.tasks_per_iteration * config.group_size // (config.micro_batch_size * processes)
+    rows = config.micro_batch_size * PartialState(cpu=cpu).num_processes  # episodes of all processes at once
+    micro_batches = config.tasks_per_iteration * config.group_size // rows
     args = GRPOConfig(
         output_dir=config.out,
         max_steps=config.iterations * config.mini_batches,
@@ -152,14 +148,12 @@ def make_trainer(config: TrainConfig, policy: str, trainer: type[GRPOTrainer] = 
         gradient_accumulation_steps=micro_batches // config.mini_batches,
         num_generations=config.group_size,
         temperature=config.temperature,
-        max_completion_length=config.max_tokens,
+        max_completion_length=config.max_tokens,  # of an episode; TRL does not count the opening
         generation_kwargs={"max_new_tokens": config.max_step_tokens},  # of one response
         loss_type="grpo",
         epsilon=config.clip_low,
-        epsilon_high=config.clip_high,
         learning_rate=config.learning_rate,
         lr_scheduler_type="constant",
-        max_grad_norm=config.max_grad_norm,
         seed=config.seed,
         use_cpu=cpu,
         shuffle_dataset=False,
@@ -168,17 +162,16 @@ def make_trainer(config: TrainConfig, policy: str, trainer: type[GRPOTrainer] = 
         dataloader_pin_memory=False,
         logging_steps=config.mini_batches,  # one line an iteration
         save_strategy="no",
-        report_to="none",
     )
-    env = make_envs(config.env, config.settings, 1)[0]
-    prompt = [{"role": "system", "content": env.instructions}, {"role": "user", "content": ""}]  # reset fills it in
+    make_env = lambda: make_envs(config.env, config.settings, 1)[0]  # noqa: E731
+    prompt = [{"role": "system", "content": make_env().instructions}, {"role": "user", "content": ""}]
     tasks = [train_task(config, None, number) for number in range(config.iterations * config.tasks_per_iteration)]
     return trainer(
         model=AutoModelForCausalLM.from_pretrained(policy, dtype=torch.float32),
         processing_class=tokenizer,
         args=args,
         train_dataset=Dataset.from_list([{"prompt": prompt, "seed": task.seed} for task in tasks]),
-        environment_factory=lambda: AgentEnv(make_envs(config.env, config.settings, 1)[0], config.max_tokens),
+        environment_factory=lambda: AgentEnv(make_env(), config.max_tokens),
         **kwargs,
     )
 
@@ -190,7 +183,6 @@ class ExampleConfig:
     policy: str = field(default="tiny", metadata={"help": "folder of a tiny policy; tiny: built and warm-started"})
     iterations: int = field(default=60, metadata={"help": "batches of episodes to learn from"})
     k: float = field(default=1.0, metadata={"help": "sharpness of g(H), dimensionless; 0 turns g off"})
-    k_future: float = field(default=1.0, metadata={"help": "sharpness of f(H), dimensionless"})
     zeta: float = field(default=0.1, metadata={"help": "weight of f(H), in units of advantage; 0 turns f off"})
     seed: int = field(default=0, metadata={"help": "of weights, tasks and sampling"})
     out: str = field(default="out/trl", metadata={"help": "folder for the trained policy"})
@@ -198,9 +190,8 @@ class ExampleConfig:
 
 def main() -> None:
     config = TrainConfig(**asdict(parse_config(ExampleConfig)))
-    accelerator = start_ranks(config.threads)
-    policy = first_policy(config, accelerator, make_envs(config.env, config.settings, 1)[0])
-    trainer = make_trainer(config, policy, k=config.k, k_future=config.k_future, zeta=config.zeta)
+    policy = first_policy(config, start_ranks(config.threads), make_envs(config.env, config.settings, 1)[0])
+    trainer = make_trainer(config, policy, k=config.k, zeta=config.zeta)
     trainer.train()
     trainer.save_model(config.out)
 

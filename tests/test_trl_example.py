@@ -10,14 +10,15 @@ import pytest
 import torch
 from torch.nn.utils.rnn import pad_sequence
 
+from config import TrainConfig
 from empg import center, group_advantages, modulate, spread, step_entropy, token_logp_and_entropy
 from envs import make_envs, parse_response
 from episode import Episode, Step, Task, collate
 from policy import Policy, load_policy
+from worlds.house import HouseConfig
 
 pytest.importorskip("trl", reason="pip install -r requirements-trl.txt")
 
-import config as configuration
 from examples import trl_empg
 
 EMPG, NO_EMPG = {"k": 1.0, "k_future": 0.5, "zeta": 0.1}, {"k": 0.0, "k_future": 1.0, "zeta": 0.0}
@@ -43,14 +44,27 @@ class Recorder(trl_empg.EMPGTrainer):
         return super()._compute_loss(model, inputs)
 
 
+def steps_of(row: int) -> int:
+    """Steps of the episode in this row of a process."""
+    return 2 + row % 2
+
+
 def rows_of(inputs: dict) -> list[tuple]:
     return list(zip(*(value if value.dim() else itertools.repeat(value) for value in inputs.values()), strict=False))
 
 
 class ScoredEnv(trl_empg.AgentEnv):
-    """Rewards the length of the actions, because the policy of the tests never succeeds."""
+    """The policy of the tests never succeeds, so the length of its actions is rewarded. Episodes take 2, 3, 2, 3 steps.
 
-    letters = 0
+    Step counts that differ within a group give the advantages a mean over steps that is not 0.
+    """
+
+    made = 0
+
+    def __init__(self, env, max_completion_length):
+        super().__init__(env, max_completion_length)
+        env.config = HouseConfig(max_steps=steps_of(ScoredEnv.made))
+        ScoredEnv.made, self.letters = ScoredEnv.made + 1, 0
 
     def act(self, action: str) -> str:
         """Do one action.
@@ -68,8 +82,7 @@ class ScoredEnv(trl_empg.AgentEnv):
 def play(folder: str, strength: dict) -> Recorder:
     """Two iterations of four episodes on this process or among all that were launched."""
     ranks = int(os.environ.get("WORLD_SIZE", 1))
-    config = configuration.TrainConfig(
-        env_args=["max_steps=3"],
+    config = TrainConfig(
         out=folder,
         iterations=2,
         tasks_per_iteration=2,
@@ -82,6 +95,7 @@ def play(folder: str, strength: dict) -> Recorder:
     )
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(trl_empg, "AgentEnv", ScoredEnv)
+        patch.setattr(ScoredEnv, "made", 0)
         trainer = trl_empg.make_trainer(config, folder, Recorder, **strength)
         trainer.train()
         return trainer
@@ -94,7 +108,8 @@ def episode_of(reached: dict, policy: Policy) -> Episode:
     The responses come from TRL. Every other id comes from this project: the opening and the observations of the same
     task, played with the same actions. Entropies come from one pass over the episode alone, without padding.
     """
-    env, task = make_envs("house", ["max_steps=3"], 1)[0], Task("house", "train", int(reached["task"]))
+    env = make_envs("house", [f"max_steps={steps_of(int(reached['row']))}"], 1)[0]
+    task = Task("house", "train", int(reached["task"]))
     prompt, info = env.reset(task.split, task.seed)
     episode = Episode(task, prompt, reward=float(reached["reward"]), info=info)
     episode.insert(policy.opening(env.instructions, [prompt])[0])
@@ -130,7 +145,7 @@ def check(record: list[dict], folder: str, strength: dict) -> None:
         assert len(reached) == 4
         batch = collate([episode_of(row, policy) for row in reached])
         entropy, valid = step_entropy(batch.token_entropy, batch.step_ids)
-        assert valid.sum() == 12  # four episodes of three steps
+        assert sorted(valid.sum(1).tolist()) == [2, 2, 3, 3]
         advantage = group_advantages(batch.reward, 2, eps=1e-4)
         assert advantage.unique().numel() > 1
         if strength == NO_EMPG:
