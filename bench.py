@@ -16,6 +16,7 @@ import statistics
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
+from functools import partial
 from pathlib import Path
 from random import Random
 from typing import Literal
@@ -175,16 +176,14 @@ class InTurns(TrainerCallback):
             self.ours(state.global_step // self.steps - 1)
 
 
-def measure_trl(bench: BenchConfig, config: TrainConfig, accelerator: Accelerator) -> dict:
+def measure_trl(bench: BenchConfig, config: TrainConfig, accelerator: Accelerator, make_trainer: Callable) -> dict:
     """An iteration of TRL's own GRPOTrainer and agent loop against one of ours, which also modulates.
 
     Both play the same tasks with the same limits, and update with the same batches. The learning rate is next to
     nothing, so both sample from the same policy all the time and their episodes are of the same length.
+
+    make_trainer: as in examples/trl_empg.py, but for the plain GRPOTrainer.
     """
-    from trl import GRPOTrainer
-
-    from examples.trl_empg import make_trainer
-
     config = replace(config, iterations=bench.repeats + 1, learning_rate=1e-12)
     number = config.tasks_per_iteration * config.group_size
     envs = make_envs(config.env, config.settings, number)
@@ -205,7 +204,7 @@ def measure_trl(bench: BenchConfig, config: TrainConfig, accelerator: Accelerato
         tokens.append(sampled)
 
     turns = InTurns(config.mini_batches, our_iteration)
-    trainer = make_trainer(config, first_policy(config, accelerator, envs[0]), GRPOTrainer, callbacks=[turns])
+    trainer = make_trainer(config, first_policy(config, accelerator, envs[0]), callbacks=[turns])
     trainer.remove_callback(PrinterCallback)
     trainer.remove_callback(ProgressCallback)
     trainer.train()
@@ -335,10 +334,12 @@ def main() -> None:
         if bench.only in ("all", "empg"):
             result |= measure_empg(bench, config, learner)
         if bench.only in ("all", "trl"):
-            if importlib.util.find_spec("trl"):
-                result |= measure_trl(bench, config, accelerator)
-            else:
+            if importlib.util.find_spec("trl") is None:
                 print("the comparison with TRL is left out; it needs: pip install -r requirements-trl.txt")
+            else:
+                from examples.trl_empg import GRPOTrainer, make_trainer
+
+                result |= measure_trl(bench, config, accelerator, partial(make_trainer, trainer=GRPOTrainer))
     if bench.only in ("all", "memory"):
         result |= measure_memory(bench)
     for name, value in result.items():
