@@ -1,24 +1,29 @@
 """Where the time and the memory go: rollout against the usual generate loop, EMPG's share, log-prob and entropy.
 
     python bench.py                 everything, a few minutes on two cores; prints a table and writes bench.json
-    python bench.py --only memory   one part of rollout, empg, memory, worlds
+    python bench.py --only memory   one part of rollout, empg, trl, memory, worlds
+    python bench.py --only trl      an iteration against TRL's own (pip install -r requirements-trl.txt)
     python bench.py --only worlds --data games    ALFWorld too, on the games in that folder
 
 Speeds are compared as ratios of medians, the two sides measured in turns: absolute numbers depend on the machine.
 """
 
+import importlib.util
 import json
 import multiprocessing
 import resource
 import statistics
 import time
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
+from functools import partial
 from pathlib import Path
 from random import Random
 from typing import Literal
 
 import torch
+from accelerate import Accelerator
+from transformers import PrinterCallback, ProgressCallback, TrainerCallback
 
 from config import TrainConfig, parse_config
 from empg import group_advantages, modulate, spread, step_entropy, token_logp_and_entropy
@@ -27,7 +32,7 @@ from episode import Episode, Task, collate
 from eval import start_ranks
 from policy import Policy
 from rollout import rollout
-from train import learn, prepare
+from train import first_policy, learn, prepare, train_task
 from update import Learner
 
 
@@ -35,7 +40,7 @@ from update import Learner
 class BenchConfig:
     """Measure speed and memory."""
 
-    only: Literal["all", "rollout", "empg", "memory", "worlds"] = field(
+    only: Literal["all", "rollout", "empg", "trl", "memory", "worlds"] = field(
         default="all", metadata={"help": "part to measure"}
     )
     policy: str = field(default="tiny", metadata={"help": "folder or hub id; tiny: the warm start of the default run"})
@@ -43,7 +48,7 @@ class BenchConfig:
     repeats: int = field(default=5, metadata={"help": "measurements of each side, of which the median counts"})
     tokens: int = field(default=4096, metadata={"help": "memory: tokens"})
     vocabulary: int = field(default=151_936, metadata={"help": "memory: size of the vocabulary; Qwen2.5's by default"})
-    threads: int = field(default=0, metadata={"help": "rollout and empg: threads on the CPU; 0: all cores"})
+    threads: int = field(default=0, metadata={"help": "rollout, empg and trl: threads on the CPU; 0: all cores"})
     worlds: int = field(default=128, metadata={"help": "worlds: environments that take turns in one process"})
     data: str = field(default="", metadata={"help": "worlds: folder of ALFWorld games; default: ALFWorld is left out"})
     out: str = field(default="bench.json", metadata={"help": "file for the result"})
@@ -152,6 +157,70 @@ def measure_empg(bench: BenchConfig, config: TrainConfig, learner: Learner) -> d
     }
 
 
+# ------------------------------------------------------------------------------------------------------------- TRL
+
+
+class InTurns(TrainerCallback):
+    """Measures every iteration of TRL's trainer, and calls `ours` after each. `steps`: optimizer steps of one."""
+
+    def __init__(self, steps: int, ours: Callable[[int], None]):
+        self.steps, self.ours, self.seconds = steps, ours, []
+
+    def on_step_begin(self, args, state, control, **_):
+        if state.global_step % self.steps == 0:
+            self.start = time.perf_counter()
+
+    def on_step_end(self, args, state, control, **_):
+        if state.global_step % self.steps == 0:
+            self.seconds.append(time.perf_counter() - self.start)
+            self.ours(state.global_step // self.steps - 1)
+
+
+def measure_trl(bench: BenchConfig, config: TrainConfig, accelerator: Accelerator, make_trainer: Callable) -> dict:
+    """An iteration of TRL's own GRPOTrainer and agent loop against one of ours, which also modulates.
+
+    Both play the same tasks with the same limits, and update with the same batches. The learning rate is next to
+    nothing, so both sample from the same policy all the time and their episodes are of the same length.
+
+    make_trainer: as in examples/trl_empg.py, but for the plain GRPOTrainer.
+    """
+    config = replace(config, iterations=bench.repeats + 1, learning_rate=1e-12)
+    number = config.tasks_per_iteration * config.group_size
+    envs = make_envs(config.env, config.settings, number)
+    learner, _ = prepare(config, accelerator, envs[0])
+    ours, tokens = [], []
+
+    def our_iteration(iteration: int) -> None:
+        first = iteration * config.tasks_per_iteration
+        tasks = [train_task(config, None, first + episode // config.group_size) for episode in range(number)]
+
+        def work() -> int:
+            batch = collate(our_rollout(learner.policy, envs, tasks, config, iteration), learner.policy.device)
+            learn(config, learner, batch, iteration)
+            return int(batch.mask.sum())
+
+        seconds, sampled = clock(work)
+        ours.append(seconds)
+        tokens.append(sampled)
+
+    turns = InTurns(config.mini_batches, our_iteration)
+    trainer = make_trainer(config, first_policy(config, accelerator, envs[0]), callbacks=[turns])
+    trainer.remove_callback(PrinterCallback)
+    trainer.remove_callback(ProgressCallback)
+    trainer.train()
+    lengths = [row["completions/mean_length"] for row in trainer.state.log_history if "completions/mean_length" in row]
+    sides = (turns.seconds, ours, [number * length for length in lengths], tokens)
+    theirs, ours, their_tokens, tokens = (statistics.median(values[1:]) for values in sides)  # the first warms up
+    return {
+        "TRL, seconds an iteration": theirs,
+        "ours, seconds an iteration": ours,
+        "TRL, sampled tokens an iteration": their_tokens,
+        "ours, sampled tokens an iteration": tokens,
+        "iterations a second, ours over TRL": theirs / ours,
+        "sampled tokens a second, ours over TRL": (tokens / ours) / (their_tokens / theirs),
+    }
+
+
 # ---------------------------------------------------------------------------------------------------------- memory
 
 
@@ -257,12 +326,20 @@ def main() -> None:
     result = {}
     if bench.only in ("all", "worlds"):  # first: memory is counted from its highest point so far
         result |= measure_worlds(bench)
-    if bench.only in ("all", "rollout", "empg"):
-        learner, _ = prepare(config, start_ranks(bench.threads), make_envs(config.env, config.settings, 1)[0])
+    if bench.only in ("all", "rollout", "empg", "trl"):
+        accelerator = start_ranks(bench.threads)
+        learner, _ = prepare(config, accelerator, make_envs(config.env, config.settings, 1)[0])
         if bench.only in ("all", "rollout"):
             result |= measure_rollout(bench, config, learner.policy)
         if bench.only in ("all", "empg"):
             result |= measure_empg(bench, config, learner)
+        if bench.only in ("all", "trl"):
+            if importlib.util.find_spec("trl") is None:
+                print("the comparison with TRL is left out; it needs: pip install -r requirements-trl.txt")
+            else:
+                from examples.trl_empg import GRPOTrainer, make_trainer
+
+                result |= measure_trl(bench, config, accelerator, partial(make_trainer, trainer=GRPOTrainer))
     if bench.only in ("all", "memory"):
         result |= measure_memory(bench)
     for name, value in result.items():
