@@ -211,7 +211,7 @@ def test_bad_settings_are_named():
 
 
 def test_the_recorded_flags_make_the_same_configuration():
-    flags = "--algorithm dapo --no_empg --env search --env_args entities=40 topk=1 --seed 3 --k -1 --out elsewhere"
+    flags = "--algorithm dapo --no_empg --env search --env_args entities=400 topk=1 --seed 3 --k -1 --out elsewhere"
     config = parse_config(TrainConfig, flags.split())
     recorded = shlex.split(credit.flags_of(config))
     assert replace(parse_config(TrainConfig, recorded[1:]), out="elsewhere") == config
