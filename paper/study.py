@@ -35,8 +35,10 @@ ROOT = Path(__file__).parents[1]
 # The flags of each world: the same for every method. docs/protocol.md says how they were chosen.
 WORLDS = {
     "house": "--iterations 12 --eval_every 3",
+    "search": "--env_args entities=400 syllables=20 topk=1 --demonstrations 10000 --slip 0.2 --max_step_tokens 48 "
+    "--iterations 80 --eval_every 20",
 }
-TASKS = {"house": 1000}  # of each held-out split, for the final evaluation
+TASKS = {"house": 1000, "search": 1000}  # of each held-out split, for the final evaluation
 
 # The flags of each method: the main eight, then three that are beyond the paper, then the sensitivity to k and zeta.
 METHODS = {

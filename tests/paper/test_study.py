@@ -140,7 +140,7 @@ def made_up(values: dict[str, dict[int, float]]) -> Study:
     part = lambda x: {"episodes": 10, "success": x}  # noqa: E731
     return Study(
         [
-            {"method": method, "seed": seed, "eval": {"a": part(x), "b": part(x)}, "curve": [0.2, x]}
+            {"method": method, "seed": seed, "eval": {"a": part(x), "b": part(0.0)}, "curve": [0.2, x]}
             for method, seeds in values.items()
             for seed, x in seeds.items()
         ]
