@@ -28,7 +28,6 @@ import numpy as np
 import torch
 from accelerate import Accelerator
 from scipy import stats
-from tqdm import tqdm
 
 from checkpoint import checkpoint_path
 from config import TrainConfig, parse_config
@@ -37,9 +36,10 @@ from envs import Env
 from episode import Episode, Task, collate
 from eval import open_envs
 from paper.study import METHODS, ROOT, machine, rounded
+from paper.value import play_continuations, values
 from policy import Policy, PolicyError, load_policy
 from record import modulated, revision
-from rollout import play_on, rollout
+from rollout import rollout
 from train import assign_credit
 from update import sampled_logp
 
@@ -86,55 +86,6 @@ def bootstrap(statistic: Callable[[np.ndarray], float], group: np.ndarray, resam
     numbers = np.arange(len(members))
     drawn = stats.bootstrap((numbers,), of, n_resamples=resamples, vectorized=False, method="percentile", rng=0)
     return [float(of(numbers)), float(drawn.confidence_interval.low), float(drawn.confidence_interval.high)]
-
-
-# ------------------------------------------------------------------------------------------------- the value of a state
-
-
-def begun(env: Env, episode: Episode, step: int) -> Episode:
-    """The episode up to the response of this step, with the environment replayed to that state.
-
-    Raises ValueError if the world answers otherwise than it did.
-    """
-    again = Episode(episode.task, env.reset(episode.task.split, episode.task.seed)[0])
-    for done in episode.steps[:step]:
-        observation, _, _, _, again.info = env.step(done.action)
-        if observation != done.observation:
-            raise ValueError(f"{episode.task} cannot be replayed: got {observation!r}, not {done.observation!r}")
-    again.steps = list(episode.steps[:step])
-    start = episode.steps[step].start
-    for name in ("ids", "step_ids", "old_logp", "token_entropy"):
-        setattr(again, name, getattr(episode, name)[:start])
-    return again
-
-
-def play_continuations(
-    policy: Policy, envs: list[Env], episodes: list[Episode], number: int, config: TrainConfig
-) -> list[np.ndarray]:
-    """Outcomes (S, number) of each episode: successes, 0 or 1, of `number` plays on from before each of its S steps."""
-    jobs = [(i, t, k) for i, e in enumerate(episodes) for t in range(len(e.steps)) for k in range(number)]
-    jobs.sort(key=lambda job: episodes[job[0]].steps[job[1]].start)  # equally long ones play together
-    outcomes = [np.zeros((len(episode.steps), number)) for episode in episodes]
-    limits = {name: getattr(config, name) for name in ("temperature", "max_step_tokens", "max_tokens")}
-    for first in tqdm(range(0, len(jobs), len(envs)), desc="continuations", unit="batch", delay=2):
-        part = jobs[first : first + len(envs)]
-        starts = [begun(env, episodes[i], t) for env, (i, t, _) in zip(envs, part, strict=False)]
-        seeds = [(config.seed, 2, *job) for job in part]
-        for (i, t, k), played in zip(part, play_on(policy, envs, starts, seeds, **limits), strict=True):
-            outcomes[i][t, k] = played.success
-    return outcomes
-
-
-def values(episodes: list[Episode], outcomes: list[np.ndarray]) -> list[np.ndarray]:
-    """V of each episode, (S + 1,): before each step, and the outcome. Equal histories share their continuations."""
-    total: dict[tuple, list[float]] = {}
-    for episode, results in zip(episodes, outcomes, strict=True):
-        for step, row in zip(episode.steps, results, strict=True):
-            total.setdefault((episode.task, *episode.ids[: step.start]), []).extend(row)
-    return [
-        np.array([*(np.mean(total[e.task, *e.ids[: step.start]]) for step in e.steps), float(e.success)])
-        for e in episodes
-    ]
 
 
 # -------------------------------------------------------------------------------------------------------------- credit

@@ -27,10 +27,11 @@ TITLES = {
     "grpo_empg_rank": "GRPO + EMPG, entropy by rank",
     "grpo_empg_mixed": "GRPO + EMPG, bonus only where rewards differ",
     "grpo_empg_reversed": "GRPO + EMPG, k = −1",
+    "grpo_true": "the true advantages (the ceiling)",
     "true": "the true advantages",
 }
 MAIN = tuple(TITLES)[:8]
-BEYOND = ("grpo_empg", "grpo_empg_rank", "grpo_empg_mixed", "grpo_empg_reversed")
+BEYOND = ("grpo_empg", "grpo_empg_rank", "grpo_empg_mixed", "grpo_empg_reversed", "grpo_true")
 WORLDS = {"house": "House", "search": "Deep Search", "webshop": "WebShop", "alfworld": "ALFWorld"}
 # Success of Qwen2.5 in the paper, in percent: baseline -> with EMPG.
 PAPER = {

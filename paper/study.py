@@ -18,7 +18,7 @@ import shlex
 import sys
 import time
 from concurrent.futures import ProcessPoolExecutor, as_completed
-from contextlib import redirect_stderr, redirect_stdout
+from contextlib import nullcontext, redirect_stderr, redirect_stdout
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -28,6 +28,7 @@ from tqdm import tqdm
 
 from config import TrainConfig, parse_config
 from paper.measure import measure
+from paper.value import training_on_the_truth
 from train import train
 
 ROOT = Path(__file__).parents[1]
@@ -40,7 +41,7 @@ WORLDS = {
 }
 TASKS = {"house": 1000, "search": 1000}  # of each held-out split, for the final evaluation
 
-# The flags of each method: the main eight, then three that are beyond the paper, then the sensitivity to k and zeta.
+# The flags of each method: the main eight, three beyond the paper, the sensitivity to k and zeta, the ceiling.
 METHODS = {
     "grpo": "--no_empg",
     "grpo_empg": "",
@@ -57,8 +58,10 @@ METHODS = {
     "grpo_empg_k2": "--k 2",
     "grpo_empg_zeta0.05": "--zeta 0.05",
     "grpo_empg_zeta0.5": "--zeta 0.5",
+    "grpo_true": "--no_empg",  # trained on the true advantages: the ceiling
 }
 MAIN = list(METHODS)[:8]
+CONTINUATIONS = 4  # of the ceiling, from before every step
 
 
 @dataclass(frozen=True)
@@ -104,7 +107,8 @@ def run_row(world: str, method: str, seed: int, out: str) -> dict:
     started = time.perf_counter()
     with (run / "log.txt").open("w") as log, redirect_stdout(log), redirect_stderr(log):
         config = parse_config(TrainConfig, flags)
-        train(config)
+        with training_on_the_truth(CONTINUATIONS) if method == "grpo_true" else nullcontext():
+            train(config)
         trained = time.perf_counter()
         measured = measure(config, TASKS[world])
     metrics = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]

@@ -7,11 +7,12 @@ import numpy as np
 import pytest
 import torch
 
+import train
 from config import TrainConfig, parse_config
 from empg import group_advantages, modulate, step_entropy
 from envs import Env, careless_player, make_envs
 from episode import Episode, Step, Task, collate
-from paper import credit
+from paper import credit, value
 from policy import Policy
 from rollout import dialogue, play_on, play_scripted, rollout
 from tiny import TinyConfig, imitate, tiny_policy
@@ -37,7 +38,7 @@ def test_playing_on_with_its_own_seed_gives_the_episode_itself_from_every_step(h
     assert len(jobs) > 8
     for first in range(0, len(jobs), len(envs)):
         part = jobs[first : first + len(envs)]
-        starts = [credit.begun(env, episodes[i], t) for env, (i, t) in zip(envs, part, strict=False)]
+        starts = [value.begun(env, episodes[i], t) for env, (i, t) in zip(envs, part, strict=False)]
         played = play_on(house_policy, envs, starts, [(7, i) for i, _ in part], **LIMITS)
         for (i, _), again in zip(part, played, strict=True):
             assert again.ids == episodes[i].ids
@@ -50,15 +51,15 @@ def test_playing_on_with_its_own_seed_gives_the_episode_itself_from_every_step(h
 def test_a_world_that_answers_otherwise_cannot_be_replayed(envs, episodes):
     episode = replace(episodes[0], steps=[replace(episodes[0].steps[0], observation="Hm."), *episodes[0].steps[1:]])
     with pytest.raises(ValueError, match=r"cannot be replayed: got .*, not 'Hm.'"):
-        credit.begun(envs[0], episode, 1)
+        value.begun(envs[0], episode, 1)
 
 
 def test_every_step_is_continued_and_no_episode_is_changed(house_policy, envs, episodes):
     before = [list(episode.ids) for episode in episodes]
-    outcomes = credit.play_continuations(house_policy, envs, episodes, 2, CONFIG)
+    outcomes = value.play_continuations(house_policy, envs, episodes, 2, CONFIG)
     assert [rows.shape for rows in outcomes] == [(len(episode.steps), 2) for episode in episodes]
     assert [list(episode.ids) for episode in episodes] == before
-    again = credit.play_continuations(house_policy, envs[:2], episodes, 2, CONFIG)  # in other batches
+    again = value.play_continuations(house_policy, envs[:2], episodes, 2, CONFIG)  # in other batches
     assert all(np.array_equal(a, b) for a, b in zip(outcomes, again, strict=True))
 
 
@@ -79,7 +80,7 @@ def made_up(histories: list[list[int]], successes: list[bool]) -> list[Episode]:
 def test_values_are_means_over_equal_histories_and_true_advantages_add_up():
     episodes = made_up([[1, 2], [1, 3], [5]], [True, False, False])
     outcomes = [np.array([[1, 0], [1, 1]]), np.array([[0, 0], [0, 1]]), np.array([[1, 1]])]
-    first, second, third = credit.values(episodes, outcomes)
+    first, second, third = value.values(episodes, outcomes)
     # Before any token: 1, 0, 0, 0, 1, 1.  After token 1, which two of them have: 1, 1, 0, 1.
     assert first.tolist() == [1 / 2, 3 / 4, 1]
     assert second.tolist() == [1 / 2, 3 / 4, 0]
@@ -192,9 +193,9 @@ def test_a_row_has_every_method_and_the_episodes_carry_their_credit(coin):
     assert row["groups"] == len(kept) / 4 == 6
     assert row["steps"] == sum(len(entry["steps"]) for entry in kept)
     for entry in kept:
-        value, true = entry["credit"]["value"], entry["credit"]["true_advantage"]
-        assert len(value) == len(entry["steps"]) + 1
-        assert sum(true) == pytest.approx(entry["reward"] - value[0])
+        states, true = entry["credit"]["value"], entry["credit"]["true_advantage"]
+        assert len(states) == len(entry["steps"]) + 1
+        assert sum(true) == pytest.approx(entry["reward"] - states[0])
         assert len(entry["modulation"]["advantage"]) == len(true)
 
 
@@ -205,9 +206,9 @@ def test_a_policy_that_always_fails_has_no_credit_to_measure(house_policy, envs)
 
 
 def test_bad_settings_are_named():
-    for name, value in (("continuations", 3), ("continuations", 0), ("batches", 0), ("checkpoint", -1)):
+    for name, number in (("continuations", 3), ("continuations", 0), ("batches", 0), ("checkpoint", -1)):
         with pytest.raises(ValueError, match=name):
-            credit.CreditConfig(**{"run": "", "checkpoint": 0, name: value})
+            credit.CreditConfig(**{"run": "", "checkpoint": 0, name: number})
 
 
 def test_the_recorded_flags_make_the_same_configuration():
@@ -216,3 +217,35 @@ def test_the_recorded_flags_make_the_same_configuration():
     recorded = shlex.split(credit.flags_of(config))
     assert replace(parse_config(TrainConfig, recorded[1:]), out="elsewhere") == config
     assert "elsewhere" not in recorded
+
+
+def test_the_ceiling_trains_on_the_true_advantages_and_leaves_no_trace(coin, monkeypatch, tmp_path):
+    seen, assign_credit = [], train.assign_credit
+
+    def spy(config, learner, batch, iteration):
+        seen.append((batch, train.assign_credit(config, batch), assign_credit(config, batch)))
+        return learn(config, learner, batch, iteration)
+
+    learn = train.learn
+    monkeypatch.setattr(train, "learn", spy)
+    flags = {"env": "coin", "iterations": 1, "tasks_per_iteration": 3, "group_size": 4, "empg": False, "threads": 1}
+    flags |= {
+        "max_step_tokens": 24,
+        "max_tokens": 256,
+        "eval_tasks": 1,
+        "out": str(tmp_path / "run"),
+        "mini_batches": 1,
+    }
+    coin[0].save(tmp_path / "policy")
+    with value.training_on_the_truth(2):
+        train.train(TrainConfig(**flags, policy=str(tmp_path / "policy"), cache=str(tmp_path)))
+    assert train.assign_credit is assign_credit
+    ((batch, true, grpo),) = seen
+    assert true.base.tolist() == grpo.base.tolist()
+    size = lambda m: float(m.advantage[m.valid].square().mean())  # noqa: E731
+    assert size(true) == pytest.approx(size(grpo), rel=1e-4)
+    # The steps of an episode add up to its outcome minus the value of its first state, which a group shares.
+    total, outcome = true.advantage.sum(1).view(3, 4), batch.reward.view(3, 4)
+    factor = (total[:, :1] - total)[outcome[:, :1] != outcome] / (outcome[:, :1] - outcome)[outcome[:, :1] != outcome]
+    assert factor.numel() > 0
+    torch.testing.assert_close(factor, factor[:1].expand_as(factor), rtol=1e-3, atol=1e-3)

@@ -1,0 +1,97 @@
+"""What a state is worth: the value of the states of an episode, by playing on from each of them several times.
+
+The policy's own tokens are the context, and the world is replayed to that state. The share of successes is V(s_t). The
+true advantage of step t is V(s_t+1) - V(s_t); after the last step V is the outcome.
+"""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import replace
+
+import numpy as np
+import torch
+from torch.nn.utils.rnn import pad_sequence
+from tqdm import tqdm
+
+import train
+from config import TrainConfig
+from envs import Env
+from episode import Batch, Episode
+from policy import Policy
+from record import Modulation
+from rollout import play_on
+
+
+def begun(env: Env, episode: Episode, step: int) -> Episode:
+    """The episode up to the response of this step, with the environment replayed to that state.
+
+    Raises ValueError if the world answers otherwise than it did.
+    """
+    again = Episode(episode.task, env.reset(episode.task.split, episode.task.seed)[0])
+    for done in episode.steps[:step]:
+        observation, _, _, _, again.info = env.step(done.action)
+        if observation != done.observation:
+            raise ValueError(f"{episode.task} cannot be replayed: got {observation!r}, not {done.observation!r}")
+    again.steps = list(episode.steps[:step])
+    start = episode.steps[step].start
+    for name in ("ids", "step_ids", "old_logp", "token_entropy"):
+        setattr(again, name, getattr(episode, name)[:start])
+    return again
+
+
+def play_continuations(
+    policy: Policy, envs: list[Env], episodes: list[Episode], number: int, config: TrainConfig
+) -> list[np.ndarray]:
+    """Outcomes (S, number) of each episode: successes, 0 or 1, of `number` plays on from before each of its S steps."""
+    jobs = [(i, t, k) for i, e in enumerate(episodes) for t in range(len(e.steps)) for k in range(number)]
+    jobs.sort(key=lambda job: episodes[job[0]].steps[job[1]].start)  # equally long ones play together
+    outcomes = [np.zeros((len(episode.steps), number)) for episode in episodes]
+    limits = {name: getattr(config, name) for name in ("temperature", "max_step_tokens", "max_tokens")}
+    for first in tqdm(range(0, len(jobs), len(envs)), desc="continuations", unit="batch", delay=2):
+        part = jobs[first : first + len(envs)]
+        starts = [begun(env, episodes[i], t) for env, (i, t, _) in zip(envs, part, strict=False)]
+        seeds = [(config.seed, 2, *job) for job in part]
+        for (i, t, k), played in zip(part, play_on(policy, envs, starts, seeds, **limits), strict=True):
+            outcomes[i][t, k] = played.success
+    return outcomes
+
+
+def values(episodes: list[Episode], outcomes: list[np.ndarray]) -> list[np.ndarray]:
+    """V of each episode, (S + 1,): before each step, and the outcome. Equal histories share their continuations."""
+    total: dict[tuple, list[float]] = {}
+    for episode, results in zip(episodes, outcomes, strict=True):
+        for step, row in zip(episode.steps, results, strict=True):
+            total.setdefault((episode.task, *episode.ids[: step.start]), []).extend(row)
+    return [
+        np.array([*(np.mean(total[e.task, *e.ids[: step.start]]) for step in e.steps), float(e.success)])
+        for e in episodes
+    ]
+
+
+@contextmanager
+def training_on_the_truth(continuations: int) -> Iterator[None]:
+    """While this lasts, `train.train` gives every step its true advantage: the most that credit for steps can do.
+
+    continuations: plays on from before every step. The advantages are scaled so that their root mean square over the
+    steps of the batch is GRPO's, because the learning rate and the clipping of gradients were chosen for that.
+    """
+    sample_groups, assign_credit, played = train.sample_groups, train.assign_credit, {}
+
+    def remember(config: TrainConfig, learner, envs: list[Env], next_task: int) -> tuple[list[list[Episode]], dict]:
+        groups, row = sample_groups(config, learner, envs, next_task)
+        played.update(policy=learner.policy, envs=envs, episodes=[episode for group in groups for episode in group])
+        return groups, row
+
+    def assign(config: TrainConfig, batch: Batch) -> Modulation:
+        given, episodes = assign_credit(config, batch), played["episodes"]
+        outcomes = play_continuations(played["policy"], played["envs"], episodes, continuations, config)
+        true = [torch.from_numpy(np.diff(value)).float() for value in values(episodes, outcomes)]
+        advantage = pad_sequence(true, batch_first=True).to(batch.ids.device)  # (B, S)
+        norms = [part[given.valid].square().mean().sqrt() for part in (given.advantage, advantage)]
+        return replace(given, advantage=advantage * norms[0] / norms[1].clamp(min=1e-6))
+
+    train.sample_groups, train.assign_credit = remember, assign
+    try:
+        yield
+    finally:
+        train.sample_groups, train.assign_credit = sample_groups, assign_credit
