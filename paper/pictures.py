@@ -205,6 +205,7 @@ def credit() -> Figure:
     by_entropy, gains = figure.subplots(1, 2)
     for shift, (row, look) in enumerate(zip(rows, looks(), strict=False)):
         label = f"{row['world']}, {row['checkpoint']} iterations, {100 * row['success']:.0f} % success"
+        label += ", EMPG" * row["empg"]
         fifths = np.array([fifth["credit"] for fifth in row["credit_by_entropy"]])
         errors = np.abs(fifths[:, 1:] - fifths[:, :1]).T
         by_entropy.errorbar(np.arange(1, 6) + 0.05 * shift, fifths[:, 0], errors, capsize=3, label=label, **look)
@@ -218,7 +219,9 @@ def credit() -> Figure:
         xlabel="fifth of the steps by entropy, lowest first",
         ylabel="true credit of a step\n(root mean square, success)",
     )
-    by_entropy.legend()
+    by_entropy.set_xticks(range(1, 6))
+    by_entropy.set_ylim(0, None)
+    by_entropy.legend(fontsize=8)
     gains.axvline(0, color="black", linewidth=0.8)
     gains.set(xlabel="correlation with the true advantages, minus GRPO's")
     for axis in (by_entropy, gains):

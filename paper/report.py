@@ -145,18 +145,21 @@ def interval(numbers: list[float], decimals: int = 3, sign: bool = False) -> str
 
 
 def policy_name(row: dict) -> str:
-    return f"{WORLDS[row['world']]}, {row['checkpoint']} iterations, {100 * row['success']:.0f} %"
+    trained = "EMPG" if row["empg"] else "GRPO"
+    after = f"after {row['checkpoint']} iterations of {trained}" if row["checkpoint"] else "warm start"
+    return f"{WORLDS[row['world']]}, {after}, {100 * row['success']:.0f} %"
 
 
-def credit_table() -> str:
-    """Correlation of each method's advantages with the true ones."""
-    rows = []
-    for row in read_rows("credit"):
-        for method, measures in row["credit"].items():
-            gain = interval(measures["pearson_gain"], sign=True) if "pearson_gain" in measures else ""
-            cells = [interval(measures["pearson"]), gain, interval(measures["spearman"]), interval(measures["sign"], 2)]
-            rows.append([policy_name(row), TITLES[method], *cells])
-    return markdown(["policy", "advantages", "correlation", "minus GRPO's", "rank correlation", "same sign"], rows)
+def gains_table(part: str, measure: str, decimals: int = 3) -> str:
+    """A measure of GRPO's advantages, and how much larger it is for each method: a line for each policy measured."""
+    rows, methods = read_rows("credit"), []
+    lines = []
+    for row in rows:
+        methods = [name for name in row[part] if name != "grpo"]
+        cells = [interval(row[part]["grpo"][measure], decimals)]
+        cells += [interval(row[part][name][f"{measure}_gain"], decimals, sign=True) for name in methods]
+        lines.append([policy_name(row), *cells])
+    return markdown(["policy", "GRPO", *(TITLES[name].removeprefix("GRPO + ") for name in methods)], lines)
 
 
 def entropy_table() -> str:
@@ -167,26 +170,19 @@ def entropy_table() -> str:
     return markdown(["policy", "lowest fifth", "second", "third", "fourth", "highest fifth"], rows)
 
 
-def gradient_table() -> str:
-    rows = []
-    for row in read_rows("credit"):
-        for method, measures in row["update"].items():
-            gain = interval(measures["direction_gain"], sign=True) if "direction_gain" in measures else ""
-            cells = [interval(measures["direction"]), gain, interval(measures["own"]), interval(measures["signal"])]
-            rows.append([policy_name(row), TITLES[method], *cells])
-    head = ["policy", "advantages", "cosine with the true gradient", "minus GRPO's", "on the same batch"]
-    return markdown([*head, "share of signal"], rows)
-
-
 TABLES = {
     "headline": headline_table,
     "success": success_table,
     "secondary": secondary_table,
     "beyond": beyond_table,
     "splits": split_table,
-    "credit": credit_table,
     "credit by entropy": entropy_table,
-    "gradient": gradient_table,
+    "correlation": lambda: gains_table("credit", "pearson"),
+    "rank correlation": lambda: gains_table("credit", "spearman"),
+    "same sign": lambda: gains_table("credit", "sign"),
+    "direction": lambda: gains_table("update", "direction"),
+    "direction on the same batch": lambda: gains_table("update", "own"),
+    "signal": lambda: gains_table("update", "signal"),
 }
 
 
