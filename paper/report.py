@@ -24,13 +24,14 @@ TITLES = {
     "dapo_empg": "DAPO + EMPG",
     "dapo_scaling": "DAPO + scaling only",
     "dapo_bonus": "DAPO + bonus only",
+    "dapo_centered": "DAPO + centring only",
     "grpo_empg_rank": "GRPO + EMPG, entropy by rank",
     "grpo_empg_mixed": "GRPO + EMPG, bonus only where rewards differ",
     "grpo_empg_reversed": "GRPO + EMPG, k = −1",
     "grpo_true": "the true advantages (the ceiling)",
     "true": "the true advantages",
 }
-MAIN = tuple(TITLES)[:8]
+MAIN = tuple(TITLES)[:9]
 BEYOND = ("grpo_empg", "grpo_empg_rank", "grpo_empg_mixed", "grpo_empg_reversed", "grpo_true")
 WORLDS = {"house": "House", "search": "Deep Search", "webshop": "WebShop", "alfworld": "ALFWorld"}
 # Success of Qwen2.5 in the paper, in percent: baseline -> with EMPG.
