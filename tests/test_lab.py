@@ -131,18 +131,49 @@ def test_the_numbers_of_the_tables_are_on_record(number):
     )
 
 
-BATCH = [row for row in RECORD if "docs.lab.batch" in row["command"]]
+def module_of(file: str, row: dict, monkeypatch) -> ModuleType:
+    """A copy of a module, changed as a row of the record says. Later copies import this one, other tests do not."""
+    source = changed_source(file, row["exercise"]) if row["changed"] else (ROOT / file).read_text()
+    module = ModuleType(file.removesuffix(".py").replace("/", "."))
+    module.__file__ = str(ROOT / file)
+    monkeypatch.setitem(sys.modules, module.__name__, module)
+    exec(compile(source.replace(*row.get("then", ("", ""))), file, "exec"), module.__dict__)
+    return module
 
 
-@pytest.mark.parametrize("row", BATCH, ids=[f"{row['exercise']}: {row['command']}" for row in BATCH])
+def again(command: str) -> list:
+    rows = [row for row in RECORD if command in row["command"]]
+    assert rows
+    return [pytest.param(row, id=f"{row['exercise']}-{number}") for number, row in enumerate(rows)]
+
+
+@pytest.mark.parametrize("row", again("docs.lab.batch"))
 def test_what_is_on_record_of_the_kept_batch_comes_out_again(row, monkeypatch, capsys):
-    """Each change is made in a copy of the modules, so that the numbers stay those of the code as it is now."""
-    for name in ("empg", "train", "docs.lab.batch"):
-        file = name.replace(".", "/") + ".py"
-        module = ModuleType(name)
-        monkeypatch.setitem(sys.modules, name, module)
-        source = changed_source(file, row["exercise"]) if row["changed"] else (ROOT / file).read_text()
-        exec(compile(source, file, "exec"), module.__dict__)
+    """The numbers of the page are those of the code as it is now, with and without the change of the exercise."""
+    batch = [module_of(file, row, monkeypatch) for file in ("empg.py", "train.py", "docs/lab/batch.py")][-1]
     monkeypatch.chdir(ROOT)
-    sys.modules["docs.lab.batch"].main(shlex.split(row["command"])[3:])
+    batch.main(shlex.split(row["command"])[3:])
     assert json.loads(capsys.readouterr().out) == pytest.approx(row["result"], abs=2e-3)
+
+
+@pytest.mark.parametrize("row", again("paper.page"))
+def test_what_is_on_record_of_the_credit_page_comes_out_again(row, monkeypatch):
+    data = module_of("paper/page.py", row, monkeypatch).read_run(ROOT / "docs" / "lab" / "house")
+    groups, result = data["batches"][0]["groups"], row["result"]
+    steps = [step for group in groups for episode in group for step in episode["steps"]]
+    for kind in ("mistake", "uncertain"):
+        advantage = [step["advantage"] for step in steps if step["filter"] == kind]
+        assert result[kind] == {"steps": len(advantage), "positive": sum(a > 0 for a in advantage)}
+    for place, values in result.get("shown", {}).items():
+        group, episode, step = map(int, place.split())
+        step = groups[group][episode]["steps"][step]
+        assert values["action"] == data["texts"][step["action"]]
+        assert values == {**values, **{name: step[name] for name in ("norm_entropy", "g", "f", "advantage")}}
+        assert values["base"] == groups[group][episode]["base"]
+
+
+def test_a_run_without_kept_episodes_is_named(tmp_path):
+    from docs.lab import batch
+
+    with pytest.raises(SystemExit, match="has no kept episodes; a run writes them"):
+        batch.main(["--out", str(tmp_path)])
