@@ -16,7 +16,7 @@ from matplotlib.ticker import MaxNLocator
 from empg import gradient_scale
 from figures import LOOKS
 from paper.measure import BINS
-from paper.rows import RESULTS, Row, Study, estimate, read_rows
+from paper.rows import RESULTS, Row, Study, estimate, read_credit, read_rows
 
 PAIRS = {"GRPO": ("grpo", "grpo_empg"), "DAPO": ("dapo", "dapo_empg")}
 PARTS = {"EMPG": "empg", "scaling only": "scaling", "bonus only": "bonus"}
@@ -199,33 +199,36 @@ def sensitivity() -> Figure:
 
 
 def credit() -> Figure:
-    """The true credit by fifth of entropy, and how much better than GRPO's each method's advantages agree with it."""
-    rows = read_rows("credit")
-    figure = Figure(figsize=(10, 3.8), layout="constrained")
-    by_entropy, gains = figure.subplots(1, 2)
-    for shift, (row, look) in enumerate(zip(rows, looks(), strict=False)):
-        label = f"{row['world']}, {row['checkpoint']} iterations, {100 * row['success']:.0f} % success"
-        label += ", EMPG" * row["empg"]
-        fifths = np.array([fifth["credit"] for fifth in row["credit_by_entropy"]])
-        errors = np.abs(fifths[:, 1:] - fifths[:, :1]).T
-        by_entropy.errorbar(np.arange(1, 6) + 0.05 * shift, fifths[:, 0], errors, capsize=3, label=label, **look)
-        methods = [name for name, measures in row["credit"].items() if "pearson_gain" in measures]
-        values = np.array([row["credit"][name]["pearson_gain"] for name in methods])
-        errors = np.abs(values[:, 1:] - values[:, :1]).T
-        places = -np.arange(len(methods)) - 0.15 * shift
-        gains.errorbar(values[:, 0], places, xerr=errors, capsize=2, **look | {"linestyle": "none"})
-        gains.set_yticks(-np.arange(len(methods)), [name.removeprefix("grpo_") for name in methods])
-    by_entropy.set(
-        xlabel="fifth of the steps by entropy, lowest first",
-        ylabel="true credit of a step\n(root mean square, success)",
-    )
-    by_entropy.set_xticks(range(1, 6))
-    by_entropy.set_ylim(0, None)
-    by_entropy.legend(fontsize=8)
-    gains.axvline(0, color="black", linewidth=0.8)
-    gains.set(xlabel="correlation with the true advantages, minus GRPO's")
-    for axis in (by_entropy, gains):
-        axis.grid(alpha=0.3)
+    """The true credit by fifth of entropy, and how much better than GRPO's each method's advantages agree with it.
+
+    A row of panels for each world, with the policies that GRPO trained.
+    """
+    worlds: dict[str, list[Row]] = {}
+    for row in read_credit():
+        if not row["empg"]:
+            worlds.setdefault(row["world"], []).append(row)
+    figure = Figure(figsize=(10, 3.6 * len(worlds)), layout="constrained")
+    for (world, rows), (by_entropy, gains) in zip(
+        worlds.items(), figure.subplots(len(worlds), 2, squeeze=False), strict=True
+    ):
+        for shift, (row, look) in enumerate(zip(rows, looks(), strict=False)):
+            label = f"{row['checkpoint']} iterations, {100 * row['success']:.0f} % success"
+            fifths = np.array([fifth["credit"] for fifth in row["credit_by_entropy"]])
+            errors = np.abs(fifths[:, 1:] - fifths[:, :1]).T
+            by_entropy.errorbar(np.arange(1, 6) + 0.06 * shift, fifths[:, 0], errors, capsize=3, label=label, **look)
+            methods = [name for name, measures in row["credit"].items() if "pearson_gain" in measures]
+            values = np.array([row["credit"][name]["pearson_gain"] for name in methods])
+            errors = np.abs(values[:, 1:] - values[:, :1]).T
+            places = -np.arange(len(methods)) - 0.15 * shift
+            gains.errorbar(values[:, 0], places, xerr=errors, capsize=2, **look | {"linestyle": "none"})
+            gains.set_yticks(-np.arange(len(methods)), [name.removeprefix("grpo_") for name in methods])
+        by_entropy.set(xlabel="fifth of the steps by entropy, lowest first", title=f"{world}: where the credit is")
+        by_entropy.set(ylabel="true credit of a step\n(root mean square, success)", ylim=(0, None), xticks=range(1, 6))
+        by_entropy.legend(fontsize=8)
+        gains.axvline(0, color="black", linewidth=0.8)
+        gains.set(xlabel="correlation with the true advantages, minus GRPO's", title=f"{world}: who finds it")
+        for axis in (by_entropy, gains):
+            axis.grid(alpha=0.3)
     return figure
 
 

@@ -11,7 +11,7 @@ from argparse import ArgumentParser, RawDescriptionHelpFormatter
 from pathlib import Path
 
 from paper import pictures
-from paper.rows import Study, area, collapsed, drift, read_rows
+from paper.rows import Study, area, collapsed, drift, read_credit, read_rows
 
 ROOT = Path(__file__).parents[1]
 DOCUMENTS = ("README.md", "docs/results.md")
@@ -153,9 +153,8 @@ def policy_name(row: dict) -> str:
 
 def gains_table(part: str, measure: str, decimals: int = 3) -> str:
     """A measure of GRPO's advantages, and how much larger it is for each method: a line for each policy measured."""
-    rows, methods = read_rows("credit"), []
-    lines = []
-    for row in rows:
+    lines, methods = [], []
+    for row in read_credit():
         methods = [name for name in row[part] if name != "grpo"]
         cells = [interval(row[part]["grpo"][measure], decimals)]
         cells += [interval(row[part][name][f"{measure}_gain"], decimals, sign=True) for name in methods]
@@ -166,7 +165,7 @@ def gains_table(part: str, measure: str, decimals: int = 3) -> str:
 def entropy_table() -> str:
     """Size of the true credit by fifth of step entropy."""
     rows = []
-    for row in read_rows("credit"):
+    for row in read_credit():
         rows.append([policy_name(row), *(interval(fifth["credit"]) for fifth in row["credit_by_entropy"])])
     return markdown(["policy", "lowest fifth", "second", "third", "fourth", "highest fifth"], rows)
 

@@ -94,3 +94,8 @@ def read_rows(name: str) -> list[Row]:
     """The rows of docs/results/NAME.jsonl; none if there is no such file."""
     file = RESULTS / f"{name}.jsonl"
     return [json.loads(line) for line in file.read_text().splitlines()] if file.exists() else []
+
+
+def read_credit() -> list[Row]:
+    """The rows of credit: world by world, policies of GRPO before those of EMPG, the warm start first."""
+    return sorted(read_rows("credit"), key=lambda row: (row["world"], row["empg"], row["checkpoint"]))
