@@ -59,6 +59,7 @@ METHODS = {
     "grpo_empg_zeta0.05": "--zeta 0.05",
     "grpo_empg_zeta0.5": "--zeta 0.5",
     "dapo_centered": "--algorithm dapo --k 0 --zeta 0",  # DAPO's advantage minus its mean over steps, and no more
+    "dapo_empg_reversed": "--algorithm dapo --k -1",
     "grpo_true": "--no_empg",  # trained on the true advantages: the ceiling
 }
 MAIN = list(METHODS)[:8]
