@@ -19,7 +19,13 @@ from paper.measure import BINS
 from paper.rows import RESULTS, Row, Study, estimate, read_credit, read_rows
 
 PAIRS = {"GRPO": ("grpo", "grpo_empg"), "DAPO": ("dapo", "dapo_empg")}
-PARTS = {"EMPG": "empg", "scaling only": "scaling", "bonus only": "bonus"}
+PARTS = {
+    "EMPG": "empg",
+    "scaling only": "scaling",
+    "bonus only": "bonus",
+    "centring only": "centered",
+    "EMPG, k = −1": "empg_reversed",
+}
 
 
 def looks() -> cycle:
@@ -61,17 +67,18 @@ def learning_curves() -> Figure:
 
 def differences(axis: Axes, study: Study, pairs: dict) -> None:
     """The final evaluation of each part of EMPG minus its baseline, paired by seed."""
-    names = [
-        (f"{name} + {part}", f"{name.lower()}_{key}", name.lower()) for name in pairs for part, key in PARTS.items()
-    ]
-    shown = [(label, study.difference(method, base)) for label, method, base in names if study.seeds(method, base)]
-    for place, (_, gain) in enumerate(shown):
+    shown = []
+    for (name, (base, _)), color in zip(pairs.items(), LOOKS["color"], strict=False):
+        for (part, key), marker in zip(PARTS.items(), LOOKS["marker"], strict=True):
+            if study.seeds(f"{base}_{key}", base):
+                gain = study.difference(f"{base}_{key}", base)
+                shown.append((f"{name} + {part}, {gain.seeds} seeds", gain, {"color": color, "marker": marker}))
+    for place, (_, gain, look) in enumerate(shown):
         error = [[100 * (gain.mean - gain.low)], [100 * (gain.high - gain.mean)]] if gain.seeds > 1 else None
-        look = {"color": LOOKS["color"][place // len(PARTS)], "marker": LOOKS["marker"][place % len(PARTS)]}
         axis.errorbar(100 * gain.mean, -place, xerr=error, capsize=3, linestyle="none", **look)
     axis.axvline(0, color="black", linewidth=0.8)
-    axis.set_yticks([-i for i in range(len(shown))], [f"{label}\n({gain.seeds} seeds)" for label, gain in shown])
-    axis.set(xlabel="minus the baseline, points", title="final success, paired by seed")
+    axis.set_yticks([-place for place in range(len(shown))], [label for label, *_ in shown], fontsize=8)
+    axis.set(xlabel="minus the baseline, points", title="final success, paired by seed", xlim=(-20, 20))
     axis.grid(alpha=0.3, axis="x")
 
 
