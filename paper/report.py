@@ -128,6 +128,21 @@ def beyond_table() -> str:
     return markdown(["method", "success, %", "minus the baseline, points", "minus EMPG, points", "seeds"], rows)
 
 
+def parts_table() -> str:
+    """What each part of EMPG does on DAPO, on top of the parts before it."""
+    study = studies()["house"]
+    steps = {
+        "centring alone": ("dapo_centered", "dapo"),
+        "f, with centring": ("dapo_bonus", "dapo_centered"),
+        "g, with centring": ("dapo_scaling", "dapo_centered"),
+        "g and f, with centring": ("dapo_empg", "dapo_centered"),
+        "g, with f and centring": ("dapo_empg", "dapo_bonus"),
+    }
+    gains = {name: study.difference(*pair) for name, pair in steps.items() if study.seeds(*pair)}
+    rows = [[name, gain.text(sign=True), str(gain.seeds)] for name, gain in gains.items()]
+    return markdown(["what is added to DAPO", "difference, points", "seeds"], rows)
+
+
 def split_table() -> str:
     """Success by split and task type, of the worlds that have more than one split."""
     rows = []
@@ -183,6 +198,7 @@ TABLES = {
     "success": success_table,
     "secondary": secondary_table,
     "beyond": beyond_table,
+    "parts": parts_table,
     "splits": split_table,
     "credit by entropy": entropy_table,
     "correlation": lambda: gains_table("credit", "pearson"),
