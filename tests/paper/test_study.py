@@ -105,7 +105,7 @@ def test_kl_to_another_policy_is_the_mean_of_k3_over_sampled_tokens(house_policy
         for place, step in enumerate(episode.step_ids):
             if step >= 0:
                 logp = (2 * logits[place - 1]).log_softmax(-1)[episode.ids[place]]
-                values.append(float(kl_k3(torch.tensor(episode.old_logp[place]), logp)))
+                values.append(float(kl_k3(torch.tensor(episode.old_logp[place]), logp.detach())))
     assert measure.kl_to(Sharper, house_episodes) == pytest.approx(np.mean(values), rel=1e-3)
 
 
