@@ -90,10 +90,14 @@ class Study:
         return estimate([measure(a) - measure(b) for a, b in pairs])
 
 
-def read_rows(name: str) -> list[Row]:
-    """The rows of docs/results/NAME.jsonl; none if there is no such file."""
-    file = RESULTS / f"{name}.jsonl"
+def read_file(file: Path) -> list[Row]:
+    """The rows of a file of results; none if there is no such file."""
     return [json.loads(line) for line in file.read_text().splitlines()] if file.exists() else []
+
+
+def read_rows(name: str) -> list[Row]:
+    """The rows of docs/results/NAME.jsonl."""
+    return read_file(RESULTS / f"{name}.jsonl")
 
 
 def read_credit() -> list[Row]:

@@ -28,6 +28,7 @@ from tqdm import tqdm
 
 from config import TrainConfig, parse_config
 from paper.measure import measure
+from paper.rows import read_file
 from paper.value import training_on_the_truth
 from train import train
 
@@ -90,11 +91,6 @@ class StudyConfig:
         return Path(self.results or ROOT / "docs" / "results" / f"{self.world}.jsonl")
 
 
-def read_rows(file: Path) -> list[dict]:
-    """The rows of a file of results, or none if there is no file."""
-    return [json.loads(line) for line in file.read_text().splitlines()] if file.exists() else []
-
-
 def train_flags(world: str, method: str, seed: int) -> list[str]:
     """The flags of train.py for a row."""
     return shlex.split(f"--env {world} --seed {seed} --threads 1 {WORLDS[world]} {METHODS[method]}")
@@ -152,7 +148,7 @@ def machine() -> str:
 def main() -> None:
     study = parse_config(StudyConfig)
     study.file.parent.mkdir(parents=True, exist_ok=True)
-    done = {(row["method"], row["seed"]) for row in read_rows(study.file)}
+    done = {(row["method"], row["seed"]) for row in read_file(study.file)}
     wanted = [(method, seed) for seed in study.seeds for method in study.methods if (method, seed) not in done]
     failed = []
     os.environ["TQDM_DISABLE"] = "1"  # in the processes below; this one has read it already

@@ -16,7 +16,7 @@ from tqdm import tqdm
 import train
 from config import TrainConfig
 from envs import Env
-from episode import Batch, Episode
+from episode import Batch, Episode, replay
 from policy import Policy
 from record import Modulation
 from rollout import play_on
@@ -27,15 +27,10 @@ def begun(env: Env, episode: Episode, step: int) -> Episode:
 
     Raises ValueError if the world answers otherwise than it did.
     """
-    again = Episode(episode.task, env.reset(episode.task.split, episode.task.seed)[0])
-    for done in episode.steps[:step]:
-        observation, _, _, _, again.info = env.step(done.action)
-        if observation != done.observation:
-            raise ValueError(f"{episode.task} cannot be replayed: got {observation!r}, not {done.observation!r}")
-    again.steps = list(episode.steps[:step])
     start = episode.steps[step].start
-    for name in ("ids", "step_ids", "old_logp", "token_entropy"):
-        setattr(again, name, getattr(episode, name)[:start])
+    tokens = {name: getattr(episode, name)[:start] for name in ("ids", "step_ids", "old_logp", "token_entropy")}
+    again = Episode(episode.task, episode.prompt, list(episode.steps[:step]), **tokens)
+    replay(again, env)
     return again
 
 
