@@ -80,6 +80,9 @@ class WorldConfig:
     )
     questions: str = field(default="", metadata={"help": "search: json, jsonl or parquet file, or a hub id"})
     corpus: str = field(default="", metadata={"help": "search: jsonl file of the passages to search"})
+    example: bool = field(
+        default=False, metadata={"help": "add a faultless episode to the instructions, for a model that never saw one"}
+    )
 
     threads: int = field(
         default=0,
@@ -274,7 +277,8 @@ def evaluation_of(player: str) -> dict:
         try:
             saved = json.loads(file.read_text())["config"]
             split = saved["eval_split"] or held_out_splits(saved["env"])[0]
-            return {name: saved[name] for name in same} | {"split": [split], "tasks": saved["eval_tasks"]}
+            own = {name: saved[name] for name in same if name in saved}
+            return own | {"split": [split], "tasks": saved["eval_tasks"]}
         except (OSError, ValueError, KeyError, TypeError):
             continue
     return {}

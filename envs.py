@@ -140,6 +140,25 @@ def format_response(thought: str, action: str) -> str:
     return f"Thought: {thought}\nAction: {action}"
 
 
+def example(env: Env, attempts: int = 10) -> str:
+    """A faultless training episode as text, for the instructions of a model that never saw the world.
+
+    The oracle plays the first training tasks until it solves one.  Raises ValueError if it solves none of `attempts`.
+    """
+    size = env.size("train")
+    for seed in range(attempts if size is None else min(attempts, size)):
+        observation, info = env.reset("train", seed)
+        lines, done = ["An example:", observation], False
+        while not done:
+            thought, action = env.oracle()
+            observation, _, terminated, truncated, info = env.step(action)
+            lines += [format_response(thought, action), observation]
+            done = terminated or truncated
+        if info["success"]:
+            return "\n".join(lines[:-1])  # the last observation only says that the episode is over
+    raise ValueError(f"the oracle solves none of the first {attempts} training tasks, so there is no example to show")
+
+
 # ------------------------------------------------------------------------------------------------- scripted players
 
 # A player maps an environment, its actions so far in the episode and a random generator to (thought, action).

@@ -22,7 +22,7 @@ from accelerate.utils import gather_object
 from scipy import stats
 
 from config import EvalConfig, TrainConfig, parse_eval_config
-from envs import PLAYERS, Env, held_out_splits, make_envs
+from envs import PLAYERS, Env, example, held_out_splits, make_envs
 from episode import Episode, Task, save_episodes
 from policy import Policy, PolicyError, load_policy
 from record import RecordError, reporting, require_writable
@@ -54,9 +54,14 @@ def start_ranks(threads: int, **options) -> Accelerator:
 def open_envs(config: EvalConfig | TrainConfig, number: int, splits: list[str]) -> list[Env]:
     """`number` environments with tasks in the splits. Ends the program if data or packages are missing."""
     try:
-        return make_envs(config.env, config.settings, number, splits)
+        envs = make_envs(config.env, config.settings, number, splits)
+        if config.example:
+            instructions = f"{envs[0].instructions}\n\n{example(envs[0])}"
+            for env in envs:
+                env.instructions = instructions
     except (ValueError, ImportError) as error:
         raise SystemExit(str(error)) from error
+    return envs
 
 
 def has_tasks(env: Env, split: str) -> bool:

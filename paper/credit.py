@@ -31,7 +31,7 @@ from scipy import stats
 
 from checkpoint import checkpoint_path
 from config import TrainConfig, parse_config
-from empg import aggregate
+from empg import aggregate, loss_normalizer
 from envs import Env
 from episode import Episode, Task, collate
 from eval import open_envs
@@ -160,13 +160,14 @@ def gradient_products(
 ) -> np.ndarray:
     """Products of policy gradients, (methods, groups, methods, groups): of one method on one group with another's.
 
-    advantages: for each method, (n,).  The loss of a group is the mean over its episodes, with the ratio at 1: that of
-    the first optimizer step of an iteration.
+    advantages: for each method, (n,).  The loss is that of the first optimizer step of an iteration: the ratio is 1.
+    The mean of the gradients of all groups is the gradient of the loss of all episodes, for either aggregation.
     """
     policy.model.eval()
     batch, parameters = collate(episodes, policy.device), [p for p in policy.model.parameters() if p.requires_grad]
     first_step = np.cumsum([0, *(len(episode.steps) for episode in episodes)])
     given = torch.from_numpy(np.stack(advantages)).float()  # (methods, n)
+    normalizer = loss_normalizer(batch.mask, config.aggregation) * config.group_size / len(episodes)  # of a mean group
     gradients = []  # of each group: (methods, parameters)
     for first in range(0, len(episodes), config.group_size):
         rows = list(range(first, first + config.group_size))
@@ -177,7 +178,8 @@ def gradient_products(
         place = part.step_ids[:, columns].clamp(min=0) + torch.from_numpy(first_step[rows])[:, None]  # (G, columns)
         of_method = []
         for number, advantage in enumerate(given, 1):
-            loss = aggregate(-logp * advantage[place.clamp(max=given.shape[1] - 1)], mask, config.aggregation)
+            values = -logp * advantage[place.clamp(max=given.shape[1] - 1)]
+            loss = aggregate(values, mask, config.aggregation, normalizer)
             grads = torch.autograd.grad(loss, parameters, retain_graph=number < len(given))
             of_method.append(torch.cat([grad.flatten() for grad in grads]))
         gradients.append(torch.stack(of_method))
@@ -302,6 +304,7 @@ def run_credit(credit: CreditConfig) -> None:
     envs = open_envs(config, config.batch_size, ["train"])
     row, kept = measure_credit(credit, config, load_policy(str(folder)), envs)
     about = {"world": config.env, "seed": config.seed, "empg": config.empg, "checkpoint": credit.checkpoint}
+    about |= {"algorithm": config.algorithm}
     about |= {"commit": revision(), "machine": machine(), "train": flags_of(config)}
     about["command"] = shlex.join(["python", "-m", "paper.credit", *sys.argv[1:]])
     (run / "credit").mkdir(exist_ok=True)

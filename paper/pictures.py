@@ -212,7 +212,7 @@ def credit() -> Figure:
     """
     worlds: dict[str, list[Row]] = {}
     for row in read_credit():
-        if not row["empg"]:
+        if row["algorithm"] == "grpo" and not row["empg"]:
             worlds.setdefault(row["world"], []).append(row)
     figure = Figure(figsize=(10, 3.6 * len(worlds)), layout="constrained")
     for (world, rows), (by_entropy, gains) in zip(

@@ -169,7 +169,7 @@ def interval(numbers: list[float], decimals: int = 3, sign: bool = False) -> str
 
 
 def policy_name(row: dict) -> str:
-    trained = "EMPG" if row["empg"] else "GRPO"
+    trained = TITLES[row["algorithm"] + "_empg" * row["empg"]]
     after = f"after {row['checkpoint']} iterations of {trained}" if row["checkpoint"] else "warm start"
     return f"{WORLDS[row['world']]}, {after}, {100 * row['success']:.0f} %"
 

@@ -101,5 +101,6 @@ def read_rows(name: str) -> list[Row]:
 
 
 def read_credit() -> list[Row]:
-    """The rows of credit: world by world, policies of GRPO before those of EMPG, the warm start first."""
-    return sorted(read_rows("credit"), key=lambda row: (row["world"], row["empg"], row["checkpoint"]))
+    """The rows of credit: world by world, GRPO before DAPO, the baseline before EMPG, the warm start first."""
+    rows = [{"algorithm": "grpo"} | row for row in read_rows("credit")]  # older rows, all of GRPO, do not say so
+    return sorted(rows, key=lambda row: (row["world"], row["algorithm"] != "grpo", row["empg"], row["checkpoint"]))

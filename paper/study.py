@@ -39,8 +39,10 @@ WORLDS = {
     "house": "--iterations 12 --eval_every 3",
     "search": "--env_args entities=400 syllables=20 topk=1 --demonstrations 10000 --slip 0.2 --max_step_tokens 48 "
     "--iterations 80 --eval_every 20",
+    "webshop": "--env_args products=60 goals=30 --demonstrations 4000 --slip 0.1 --max_step_tokens 48 "
+    "--max_tokens 3000 --iterations 30 --eval_every 10",
 }
-TASKS = {"house": 1000, "search": 1000}  # of each held-out split, for the final evaluation
+TASKS = {"house": 1000, "search": 1000, "webshop": 1000}  # of each held-out split, for the final evaluation
 
 # The flags of each method: the main eight, three beyond the paper, the sensitivity to k and zeta, the ceiling.
 METHODS = {

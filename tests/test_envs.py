@@ -8,6 +8,7 @@ import functools
 import hashlib
 import os
 import random
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -20,6 +21,7 @@ from envs import (
     Env,
     Player,
     careless_player,
+    example,
     format_response,
     make_envs,
     oracle_player,
@@ -207,6 +209,26 @@ def test_the_oracle_always_succeeds_a_careless_player_less_a_random_one_rarely(p
     number = len(played["oracle"])
     assert wins["random"] < wins["careless"] <= wins["oracle"] == number
     assert wins["random"] < CHANCE.get(place[0], 0.1) * number
+
+
+def test_an_example_is_a_training_episode_that_wins_when_it_is_played_again(place, build):
+    env = build()
+    _, first, *turns = re.split(r"^An example:\n|(?=^Thought: )", example(env), flags=re.MULTILINE)
+    seed = 0
+    while env.reset("train", seed)[0] != first.removesuffix("\n"):
+        seed += 1
+    for number, turn in enumerate(turns, 1):
+        response = "\n".join(turn.splitlines()[:2])
+        observation, reward, terminated, _, info = env.step(parse_response(response)[1])
+        last = number == len(turns)
+        assert turn.rstrip("\n") == (response if last else f"{response}\n{observation}")
+        assert terminated == info["success"] == (reward > 0) == last
+
+
+def test_no_example_without_an_oracle_that_wins():
+    (env,) = make_envs("house", ["max_steps=1"], 1)
+    with pytest.raises(ValueError, match="the oracle solves none of the first 3 training tasks"):
+        example(env, attempts=3)
 
 
 # --------------------------------------------------------------------------------------------- the scripted players

@@ -138,6 +138,16 @@ def test_tasks_of_the_eval_split_are_none_of_the_training_tasks():
     assert not prompts["train"] & prompts["eval"]
 
 
+@pytest.mark.parametrize("flags", [[], ["--example"]])
+def test_the_flag_example_adds_an_episode_to_the_instructions_of_every_environment(flags):
+    plain = make_envs("coin", [], 1)[0].instructions
+    shown = (
+        "\n\nAn example:\nToss 0: left.\nThought: It is left.\nAction: left\nAgain.\nThought: It is left.\nAction: left"
+    )
+    opened = evaluation.open_envs(parse_eval_config(["--env", "coin", *flags]), 3, [])
+    assert [env.instructions for env in opened] == [plain + (shown if flags else "")] * 3
+
+
 def test_compare_by_hand():
     # Differences 0, +1, +1, -1, +1: mean 2/5. McNemar: 1 or fewer of 4 by chance, both ways: 2 (1 + 4) / 16.
     result = compare(outcomes([1, 0, 0, 1, 0]), outcomes([1, 1, 1, 0, 1]))

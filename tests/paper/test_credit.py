@@ -128,12 +128,14 @@ def test_the_size_of_credit_does_not_count_the_chance_of_the_continuations():
 # ---------------------------------------------------------------------------------------------------------- the update
 
 
-def test_gradient_products_are_those_of_each_groups_policy_loss(house_policy, episodes):
+@pytest.mark.parametrize("aggregation", ["sequence", "token"])
+def test_gradient_products_are_those_of_each_groups_policy_loss(house_policy, episodes, aggregation):
     batch = collate(episodes)
     (entropy, valid), base = step_entropy(batch.token_entropy, batch.step_ids), group_advantages(batch.reward, 2)
     advantages = [modulate(base, entropy, valid), torch.rand(valid.shape)]
     flat = [advantage[valid].numpy() for advantage in advantages]
-    products = credit.gradient_products(house_policy, episodes, flat, CONFIG)
+    products = credit.gradient_products(house_policy, episodes, flat, replace(CONFIG, aggregation=aggregation))
+    sampled_by_all = sum(step >= 0 for episode in episodes for step in episode.step_ids)
 
     def gradient(advantage: torch.Tensor, rows: list[int]) -> torch.Tensor:
         """By a loop over episodes and tokens, of the whole sequence."""
@@ -143,7 +145,9 @@ def test_gradient_products_are_those_of_each_groups_policy_loss(house_policy, ep
             logp = house_policy.model(input_ids=ids[None]).logits[0, :-1].log_softmax(-1)
             sampled = [place for place, step in enumerate(episodes[row].step_ids) if step >= 0]
             terms = [logp[j - 1, ids[j]] * advantage[row, episodes[row].step_ids[j]] for j in sampled]
-            total = total - torch.stack(terms).mean() / len(rows)
+            # A group is half of the four episodes, so it has twice its share of the mean over all tokens.
+            share = 1 / (len(terms) * len(rows)) if aggregation == "sequence" else 2 / sampled_by_all
+            total = total - torch.stack(terms).sum() * share
         parameters = [p for p in house_policy.model.parameters() if p.requires_grad]
         return torch.cat([part.flatten() for part in torch.autograd.grad(total, parameters)])
 
