@@ -25,7 +25,7 @@ from scipy import stats
 from config import EvalConfig, TrainConfig, parse_eval_config
 from envs import PLAYERS, Env, held_out_splits, make_envs
 from episode import Episode, Task, save_episodes
-from policy import Policy, PolicyError, load_policy
+from policy import Policy, PolicyError, load_policy, require_context
 from record import RecordError, reporting, require_writable
 from rollout import play_scripted, rollout
 from stopping import play_together
@@ -244,6 +244,7 @@ def run(config: EvalConfig, accelerator: Accelerator) -> None:
     players = [name if name in PLAYERS else load_policy(name) for name in names]
     policies = [player for player in players if isinstance(player, Policy)]
     for policy in policies:
+        require_context(policy, config.max_tokens)
         policy.model.to(accelerator.device)
     envs = open_envs(config, config.batch_size if policies else 1, config.split)
     splits = config.split or [split for split in held_out_splits(config.env) if has_tasks(envs[0], split)]

@@ -43,7 +43,7 @@ from empg import (
 from envs import Env, careless_player, fingerprint
 from episode import Batch, Episode, Task, collate, save_episodes
 from eval import evaluate, first_tasks, open_envs, require_steps, start_ranks, summarize, table
-from policy import Dialogue, PolicyError
+from policy import Dialogue, PolicyError, require_context
 from record import Modulation, Record, RecordError, episode_metrics, eval_metrics, step_metrics, update_metrics
 from rollout import dialogue, play_scripted, rollout
 from stopping import Stopped, StopRequest, play_together
@@ -73,9 +73,7 @@ def train(config: TrainConfig) -> None:
     except Stopped:
         save(config, learner, state)
         accelerator.end_training()
-        raise SystemExit(
-            f"stopped after iteration {state['iteration']}; go on with the same command and --resume"
-        ) from None
+        raise SystemExit(f"stopped after iteration {state['iteration']}; go on with --resume") from None
     finally:
         stop.close()
     finish(config, accelerator, record, state)
@@ -188,6 +186,7 @@ def prepare(config: TrainConfig, accelerator: Accelerator, env: Env) -> tuple[Le
         link.unlink(missing_ok=True)
         link.symlink_to(Path(first).resolve(), target_is_directory=True)
     learner = make_learner(config, accelerator, str(newest or first), first)
+    require_context(learner.policy, config.max_tokens)
     if newest:
         load_optimizer(newest, learner.optimizer)
     return learner, state

@@ -104,20 +104,17 @@ def flags_of(out: Path, extra: list[str]) -> list[str]:
 
 def differences(a: Path, b: Path) -> list[str]:
     """Names of what is not equal bit for bit in two finished runs."""
-    different = [
-        name for name in ("metrics.jsonl", "result.json") if (a / name).read_bytes() != (b / name).read_bytes()
-    ]
+    names = ("metrics.jsonl", "result.json")
+    different = [name for name in names if (a / name).read_bytes() != (b / name).read_bytes()]
     last = [checkpoints(out)[-1] for out in (a, b)]
     for folders in (last, [a / "best", b / "best"]):
-        for folder in folders:
-            verify_checkpoint(folder)
         weights = [load_file(folder / "model.safetensors") for folder in folders]
         if not all(torch.equal(weights[0][name], weights[1][name]) for name in weights[0]):
             different.append(f"weights of {folders[0].name}")
-    moments = [torch.load(folder / "optimizer.pt", weights_only=True)["state"] for folder in last]
-    if not all(
-        torch.equal(value, moments[1][i][name]) for i, part in moments[0].items() for name, value in part.items()
-    ):
+    for folder in last:
+        verify_checkpoint(folder)
+    first, second = (torch.load(folder / "optimizer.pt", weights_only=True)["state"] for folder in last)
+    if not all(torch.equal(value, second[i][name]) for i, part in first.items() for name, value in part.items()):
         different.append("optimizer")
     return different
 
