@@ -178,7 +178,7 @@ NO_SYSTEM = LOOP + "{% if message.role != 'system' %}"
         (LOOP + TURN + END.replace("if add", "if messages | length < 3 and add"), BAD),
         (None, "no chat template"),
         # Plain text after a response: a policy would stop wherever it writes the first token of that.
-        (LOOP + "{{ message.role + ': ' + message.content + '\\n' }}" + END, "without a stop token"),
+        (CHATML.replace("<|im_start|>", "# ").replace("<|im_end|>", ""), "without a stop token"),
         (CHATML.replace("<|im_end|>\\n", "\\nDone."), "without a stop token"),
     ],
 )
