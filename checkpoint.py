@@ -165,7 +165,7 @@ def verify_checkpoint(folder: Path) -> None:
         raise CheckpointError(f"{folder} is no complete checkpoint ({error})") from error
     if not isinstance(expected, dict):
         raise CheckpointError(f"{folder} is no complete checkpoint ({CHECKSUMS} holds no checksums)")
-    for name in sorted({"state.json", "optimizer.pt", *expected, *actual}):
+    for name in sorted({"state.json", *expected, *actual}):
         if expected.get(name) != actual.get(name) or name not in actual:
             state = "missing" if name not in actual else "damaged" if name in expected else f"not in {CHECKSUMS}"
             raise CheckpointError(f"{folder} cannot be used: {name} is {state}")

@@ -46,7 +46,7 @@ from eval import evaluate, first_tasks, open_envs, require_steps, start_ranks, s
 from policy import Dialogue, PolicyError, require_context
 from record import Modulation, Record, RecordError, episode_metrics, eval_metrics, step_metrics, update_metrics
 from rollout import dialogue, play_scripted, rollout
-from stopping import Stopped, StopRequest, play_together
+from stopping import Stopped, StopRequest, lost_a_rank, play_together
 from tiny import TinyConfig, warm_start
 from update import (
     Learner,
@@ -306,6 +306,12 @@ def main() -> None:
         train(config)
     except (CheckpointError, PolicyError, RecordError) as error:
         raise SystemExit(str(error)) from error
+    except RuntimeError as error:
+        if not lost_a_rank(error):
+            raise
+        raise SystemExit(
+            "another process of this run has ended; go on from the last checkpoint with --resume"
+        ) from None
     except KeyboardInterrupt:
         raise SystemExit("stopped; the last checkpoint, if there is one, is complete: go on with --resume") from None
 
