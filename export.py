@@ -60,6 +60,8 @@ a response and {max_tokens} tokens an episode were seen in training.
 - What the model that it was trained from says or does wrong, it can say or do too; that model's licence holds.
 """
 
+CHOSEN = "It was chosen by this very evaluation among those of the run, so its number is too high on average."
+
 
 def export(run: Path, best: bool = False, licence: str = "") -> Path:
     """Write RUN/export and return it. Raises CheckpointError if the run is not finished or its policy is damaged."""
@@ -109,26 +111,24 @@ def model_card(about: dict, result: dict, best: bool, licence: str) -> ModelCard
         eval_results=[evaluation],
     )
     origin = "a tiny model that imitates a scripted player" if tiny else f"`{' '.join(base.split()).replace('`', '')}`"
-    text = TEXT.format(
-        **config | summary,
-        title=name,
-        base=origin,
-        method=method,
-        iteration=summary["iteration"] if best else config["iterations"],
-        choice="the best of its evaluations" if best else "the last",
-        split=settings.held_out,
-        **{end: 100 * summary[key] for end, key in (("low", "success_low"), ("high", "success_high"))},
-        table=block(table({"before": result["before"], "this policy": summary})),
-        ranks=about["ranks"],
-        commit=about["git"] or "unknown",
-        command=block(shlex.join(["python", *about["argv"]])),
-        settings=block(json.dumps(config, indent=1)),
-        selection=(
-            "It was chosen by this very evaluation among those of the run, so its number is too high on average."
-            if best
-            else "The number is of the last policy of the run, which was not chosen by it."
-        ),
-    )
+    words = {
+        "title": name,
+        "base": origin,
+        "method": method,
+        "iteration": summary["iteration"] if best else config["iterations"],
+        "choice": "the best of its evaluations" if best else "the last",
+        "split": settings.held_out,
+        "success": 100 * summary["success"],
+        "low": 100 * summary["success_low"],
+        "high": 100 * summary["success_high"],
+        "table": block(table({"before": result["before"], "this policy": summary})),
+        "ranks": about["ranks"],
+        "commit": about["git"] or "unknown",
+        "command": block(shlex.join(["python", *about["argv"]])),
+        "settings": block(json.dumps(config, indent=1)),
+        "selection": CHOSEN if best else "The number is of the last policy of the run, which was not chosen by it.",
+    }
+    text = TEXT.format(**config | summary | words)
     return ModelCard(f"---\n{data.to_yaml()}\n---\n{text}")
 
 

@@ -12,6 +12,7 @@ from pathlib import Path
 import pytest
 import torch
 from accelerate import tracking
+from accelerate.utils import LoggerType
 from conftest import SMALL
 from huggingface_hub import ModelCard
 from test_train import ROOT, flags_of, launch, rows, same_weights, write_checksums
@@ -307,7 +308,7 @@ def test_any_tracker_of_accelerate_gets_the_rows(run, monkeypatch):
             seen.append((self.folder, {"iteration": step} | values))
 
     monkeypatch.setitem(tracking.LOGGER_TYPE_TO_CLASS, "swanlab", Tracker)
-    monkeypatch.setattr(tracking, "_available_trackers", ["swanlab"])
+    monkeypatch.setattr(tracking, "_available_trackers", [LoggerType("swanlab")])
     out = run(report_to="swanlab")
     assert seen == [(out, row) for row in rows(out)]
     with pytest.raises(RecordError, match=r"^could not start swanlab: no login$"):
