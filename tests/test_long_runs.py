@@ -139,7 +139,7 @@ def test_another_number_of_ranks_goes_on_and_when_one_is_killed_the_others_end(w
         launcher.kill()
     assert launcher.returncode != 0
     assert "another process of this run has ended; go on from the last checkpoint with --resume" in errors.decode()
-    assert "Traceback" not in errors.decode().split("torch.distributed.elastic")[0]
+    assert 'train.py", line' not in errors.decode()  # a traceback of ours; torchrun prints its own
     assert not [pid for pid in children if Path(f"/proc/{pid}").exists()]
 
 
