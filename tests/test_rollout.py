@@ -19,7 +19,8 @@ from transformers import Qwen2Config
 from envs import PLAYERS, format_response, make_envs, parse_response
 from episode import Episode, Task
 from policy import Policy, PolicyError
-from rollout import dialogue, play_scripted, rollout, sample
+from rollout import dialogue, play_scripted, rollout
+from sampler import sample
 from tiny import tiny_tokenizer
 
 WIN, WAIT = format_response("now", "win"), format_response("not yet", "wait")

@@ -1,0 +1,288 @@
+"""Responses for all rows of a batch, sampled turn after turn on one KV cache, on a CPU or on a GPU.
+
+A response is read and written in three parts. `_read` feeds what a row has not read yet, many tokens at a time. `_draw`
+samples one token from the logits and records it. `_decode` feeds that token and draws the next one.
+
+A decode step costs a GPU less time than it costs Python to launch its kernels. So a step is recorded as a CUDA graph,
+and replayed. A graph is bound to its shapes and to its place in memory. Therefore the cache and the state of a response
+stay where they are, and a step on a GPU takes rows and columns up to the next multiple of `ROUNDING`. The CPU runs the
+same functions on exact shapes. The capture and replay of graphs has not been run: no GPU was at hand.
+"""
+
+import math
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import torch
+from torch import Tensor, nn
+from transformers import DynamicCache
+from transformers.cache_utils import DynamicLayer
+
+from empg import token_logp_and_entropy
+from policy import Policy, PolicyError
+
+# For each kind of device: a decode step has a multiple of so many rows and columns, and after so many tokens the host
+# looks whether all responses have ended. Each look makes a GPU wait.
+ROUNDING = {"cpu": (1, 1, 1), "cuda": (16, 256, 8)}
+READ_AT_ONCE = 2**15  # tokens of one pass, padding included: they bound the memory of reading
+
+
+def sample(logits: Tensor, uniform: Tensor, temperature: float) -> Tensor:
+    """Tokens (B,) from softmax(logits / temperature) by inversion of its distribution function.
+
+    logits: (B, V).  uniform: (B,) float64 in [0, 1).  temperature 0 means the most likely token. In float64, where the
+    function of 150,000 tokens still ends at 1; a token of probability 0 is never drawn.
+    """
+    if temperature == 0:
+        return logits.argmax(-1)
+    distribution = (logits.double() / temperature).softmax(-1).cumsum(-1)  # (B, V)
+    target = uniform[:, None] * distribution[:, -1:]
+    return torch.searchsorted(distribution, target, right=True).squeeze(-1).clamp(max=logits.shape[-1] - 1)
+
+
+class SlotLayer(DynamicLayer):
+    """Keys and values of one attention layer, written in place: the token at position p of a row stands in column p.
+
+    transformers' own layer copies the whole past for every token. Here keys and values are views of buffers,
+    (rows, heads, columns, size), that stay in place until they are full. The last column of a buffer takes what belongs
+    to no token.
+    """
+
+    capacity: tuple[int, int]  # rows and columns of the buffers
+    rows: slice  # to which the next tokens belong
+    slots: Tensor  # (B, n), the column of each of these tokens, -1 for padding
+    columns: int  # that attention sees
+
+    def update(self, key_states: Tensor, value_states: Tensor, *args, **kwargs) -> tuple[Tensor, Tensor]:
+        """Write the states of n tokens, (B, heads, n, size), into their slots; returns these rows' columns."""
+        if not self.is_initialized:
+            self.lazy_initialization(key_states, value_states)
+            # Keys take the type of the values. Under autocast, rotary embedding leaves them in float32, and attention
+            # would cast the whole cache for every token.
+            self.buffers = [states[:0, :, :0].to(value_states.dtype) for states in (key_states, value_states)]
+        if self.buffers[0].shape[::2] != self.capacity:
+            self.buffers = [self._larger(buffer) for buffer in self.buffers]
+        row = torch.arange(len(self.slots), device=self.slots.device)[:, None]
+        for buffer, states in zip(self.buffers, (key_states, value_states), strict=True):
+            buffer[self.rows][row, :, self.slots] = states.transpose(1, 2).to(buffer.dtype)
+        self.keys, self.values = (buffer[self.rows, :, : self.columns] for buffer in self.buffers)
+        return self.keys, self.values
+
+    def _larger(self, old: Tensor) -> Tensor:
+        """A buffer of the present capacity. Zeros follow, because attention multiplies masked values by 0."""
+        new = old.new_zeros(self.capacity[0], old.shape[1], self.capacity[1], old.shape[3])
+        used = old[:, :, :-1]
+        new[: used.shape[0], :, : used.shape[2]] = used
+        return new
+
+    def place(self, first: int, rows: Tensor, columns: int) -> None:
+        """Make rows `first`, `first` + 1, ... copies of these rows (n,), as far as these columns."""
+        for buffer in self.buffers:
+            buffer[first : first + len(rows), :, :columns] = buffer[rows, :, :columns]
+
+
+class Response:
+    """What a decode step reads and writes. It stays in one place in memory, for all turns.
+
+    rows: of the batch, at most.  tokens: of a response, at most.
+    """
+
+    def __init__(self, rows: int, tokens: int, device: torch.device):
+        self.count = torch.zeros(1, dtype=torch.long, device=device)  # tokens of each response so far
+        self.token = torch.zeros(rows, 1, dtype=torch.long, device=device)  # the last of them
+        self.length = torch.zeros(rows, 1, dtype=torch.long, device=device)  # tokens that the model has read
+        self.open = torch.zeros(rows, 1, dtype=torch.bool, device=device)  # False after the stop token
+        self.uniform = torch.zeros(rows, tokens, dtype=torch.float64, device=device)
+        self.ids = torch.zeros(rows, tokens, dtype=torch.long, device=device)
+        self.logp, self.entropy = (torch.zeros_like(self.uniform) for _ in range(2))  # nats
+
+    def begin(self, lengths: list[int], uniform: Tensor) -> None:
+        """Begin the responses of these many rows; the rows behind them are closed."""
+        self.count.zero_()
+        self.open.zero_()
+        self.open[: len(lengths)] = True
+        self.length[: len(lengths), 0] = torch.tensor(lengths, device=self.length.device)
+        self.uniform[: len(lengths)] = uniform.to(self.uniform.device)
+
+
+class Sampler:
+    """Samples a response for every row of a batch, turn after turn, on one KV cache.
+
+    openings: the ids that each row begins with; see `add`.
+    """
+
+    def __init__(self, policy: Policy, openings: list[list[int]], temperature: float, max_step_tokens: int):
+        self.policy, self.temperature, self.max_step_tokens = policy, temperature, max_step_tokens
+        self.rounding = ROUNDING.get(policy.device.type, ROUNDING["cpu"])
+        self.cache = DynamicCache(config=policy.model.config)
+        self.cache.layers = [SlotLayer() for _ in self.cache.layers]
+        self.lengths: list[int] = []  # tokens that the model has read, of each row
+        self.capacity = (0, 0)  # rows and columns of the cache
+        self.graphs: dict[tuple[int, int], torch.cuda.CUDAGraph] = {}  # of the decode steps of so many rows and columns
+        self.add(openings)
+
+    # ------------------------------------------------------------------------------------------------ rows
+
+    def add(self, openings: list[list[int]]) -> None:
+        """New rows that begin with these ids. Equal openings are read once. The last id is left for `respond`."""
+        distinct = list(dict.fromkeys(tuple(ids[:-1]) for ids in openings))
+        first = len(self.lengths)
+        self._reserve(first + len(openings), max(map(len, distinct)))
+        self._read(first, distinct)
+        self._place(first, [first + distinct.index(tuple(ids[:-1])) for ids in openings])
+
+    def keep(self, rows: list[int]) -> None:
+        """Make these the rows of the batch; every other row is dropped."""
+        self._place(0, rows)
+
+    def _place(self, first: int, rows: list[int]) -> None:
+        """Put these rows behind the first ones, and drop every row that is neither of them."""
+        lengths = [self.lengths[row] for row in rows]
+        if rows != list(range(first, first + len(rows))):
+            index = torch.tensor(rows, dtype=torch.long, device=self.policy.device)
+            for layer in self.cache.layers:
+                layer.place(first, index, max(lengths, default=0))
+        self.lengths[first:] = lengths
+
+    def _reserve(self, rows: int, columns: int) -> None:
+        """Room for so many rows and columns. Columns double when they are full; graphs of the old place are dropped."""
+        rows, columns = _up(rows, self.rounding[0]), _up(columns, self.rounding[1])
+        if rows > self.capacity[0] or columns >= self.capacity[1]:
+            self.capacity = (max(rows, self.capacity[0]), max(2 * columns, self.capacity[1]))
+            self.response = Response(self.capacity[0], self.max_step_tokens, self.policy.device)
+            self.graphs = {}
+            for layer in self.cache.layers:
+                layer.capacity = self.capacity
+
+    # ------------------------------------------------------------------------------------------------ a turn
+
+    def respond(self, pending: list[list[int]], uniform: Tensor) -> list[tuple[list[int], list[float], list[float]]]:
+        """Feed each row its `pending` ids and sample until it writes the stop token or max_step_tokens.
+
+        uniform: (B, max_step_tokens) random numbers in [0, 1).  Returns ids, logp and entropy (nats) for each row. The
+        last id of a response has not been fed yet: it belongs in front of the row's next pending ids.
+        Raises PolicyError if the logits are not finite.
+        """
+        rows, columns, look = self.rounding
+        ends = [length + len(ids) for length, ids in zip(self.lengths, pending, strict=True)]
+        self._reserve(len(pending), max(ends) + self.max_step_tokens)
+        logits = self._read(0, pending)
+        self.response.begin(ends, uniform)
+        self._draw(logits)
+        for number in range(1, self.max_step_tokens):
+            if number % look == 0 and not self.response.open.any():
+                break
+            self._step(_up(len(pending), rows), _up(max(ends) + number, columns))
+        parts = (self.response.ids, self.response.logp, self.response.entropy)
+        responses = [self._cut(*row) for row in zip(*(part[: len(pending)].tolist() for part in parts), strict=True)]
+        self.lengths = [end + len(ids) - 1 for end, (ids, _, _) in zip(ends, responses, strict=True)]
+        return responses
+
+    def _cut(self, ids: list[int], *numbers: list[float]) -> tuple[list[int], list[float], list[float]]:
+        """A row's response up to its stop token: ids, logp and entropy."""
+        length = ids.index(self.policy.stop_id) + 1 if self.policy.stop_id in ids else len(ids)
+        if not all(map(math.isfinite, numbers[0][:length])):
+            raise PolicyError("the policy's logits are not finite: its weights are damaged, or training diverged")
+        return ids[:length], *(part[:length] for part in numbers)
+
+    def _read(self, first: int, pending: list) -> Tensor:
+        """Feed rows `first`, `first` + 1, ... their pending ids; returns the logits (B, V) after the last of them."""
+        width, device, logits = max(map(len, pending)), self.policy.device, []
+        self.lengths += [0] * (first + len(pending) - len(self.lengths))
+        at_once = max(1, READ_AT_ONCE // max(1, width))
+        for start in range(0, len(pending), at_once):
+            part, offset = pending[start : start + at_once], first + start
+            rows = slice(offset, offset + len(part))
+            padding = [width - len(row) for row in part]  # on the left
+            ids = torch.tensor(
+                [[0] * n + [*row] for n, row in zip(padding, part, strict=True)], device=device
+            )  # (B, n)
+            number = torch.arange(width, device=device) - torch.tensor(padding, device=device)[:, None]
+            slots = (torch.tensor(self.lengths[rows], device=device)[:, None] + number).where(number >= 0, -1)
+            self.lengths[rows] = [length + len(row) for length, row in zip(self.lengths[rows], part, strict=True)]
+            logits.append(self._forward(ids, slots, rows, _up(max(self.lengths[rows]), self.rounding[1])))
+        return torch.cat(logits)
+
+    def _step(self, rows: int, columns: int) -> None:
+        """`_decode`, on a GPU as a CUDA graph. A shape that comes for the first time is run, then captured."""
+        if self.policy.device.type != "cuda":
+            self._decode(rows, columns)
+        elif (rows, columns) in self.graphs:
+            self.graphs[rows, columns].replay()
+        else:
+            self._decode(rows, columns)
+            pool = next(iter(self.graphs.values())).pool() if self.graphs else None  # they share their memory
+            graph = self.graphs[rows, columns] = torch.cuda.CUDAGraph()
+            with torch.cuda.graph(graph, pool=pool, capture_error_mode="thread_local"):
+                self._decode(rows, columns)
+
+    def _decode(self, rows: int, columns: int) -> None:
+        """Feed the last token of every open response, and draw the next. Reads and writes nothing but `response` and
+        the cache, on the device alone."""
+        now = self.response
+        slots = now.length[:rows].where(now.open[:rows], -1)  # (B, 1)
+        logits = self._forward(now.token[:rows], slots, slice(0, rows), columns)
+        now.length[:rows] += now.open[:rows]
+        self._draw(logits)
+
+    def _forward(self, ids: Tensor, slots: Tensor, rows: slice, columns: int) -> Tensor:
+        """Logits (B, V) after the last of the ids (B, n) of these rows, which go into these slots (B, n)."""
+        for layer in self.cache.layers:
+            layer.rows, layer.slots, layer.columns = rows, slots, columns
+        positions = slots.clamp(min=0)
+        causal = torch.arange(columns, device=slots.device) <= positions[:, None, :, None]  # (B, 1, n, columns)
+        output = self.policy.model(
+            input_ids=ids,
+            attention_mask=causal,
+            position_ids=positions,
+            past_key_values=self.cache,
+            use_cache=True,
+            logits_to_keep=1,
+        )
+        return output.logits[:, -1]
+
+    def _draw(self, logits: Tensor) -> None:
+        """Sample a token of every row from the logits (B, V), and record it with its logp and entropy."""
+        now, rows = self.response, len(logits)
+        uniform = now.uniform[:rows].index_select(1, now.count).squeeze(1)
+        token = sample(logits, uniform, self.temperature)[:, None]
+        # Greedy decoding has no distribution of its own; the record is that of temperature 1.
+        logp, entropy = token_logp_and_entropy(logits[:, None], token, self.temperature or 1.0)
+        for record, new in ((now.ids, token), (now.logp, logp), (now.entropy, entropy)):
+            record[:rows].index_copy_(1, now.count, new.to(record.dtype))
+        now.token[:rows] = token
+        now.open[:rows] &= token != self.policy.stop_id
+        now.count += 1
+
+
+def _up(number: int, multiple: int) -> int:
+    return -(-number // multiple) * multiple
+
+
+# --------------------------------------------------------------------------------------------- weights for sampling
+
+
+@contextmanager
+def sampling_weights(model: nn.Module, mixed_precision: str) -> Iterator[None]:
+    """While this lasts, linear layers hold their weights in the type that mixed precision computes in.
+
+    Autocast casts the float32 weights of linear layers in every forward pass. For a decode step that moves three times
+    the bytes of the step itself. Here they are cast once. Autocast stays on for everything else, so the numbers are the
+    same. The copy takes 2 bytes a parameter.
+
+    mixed_precision: as Accelerate names it; nothing is done for "no".
+    """
+    dtype = {"bf16": torch.bfloat16, "fp16": torch.float16}.get(mixed_precision)
+    if dtype is None:
+        yield
+        return
+    layers = [layer for layer in model.modules() if isinstance(layer, nn.Linear) and layer.weight.dtype != dtype]
+    kept = [(layer, name, weight) for layer in layers for name, weight in layer.named_parameters(recurse=False)]
+    try:
+        for layer, name, weight in kept:
+            setattr(layer, name, nn.Parameter(weight.detach().to(dtype), requires_grad=False))
+        with torch.autocast(model.device.type, dtype):
+            yield
+    finally:
+        for layer, name, weight in kept:
+            setattr(layer, name, weight)
