@@ -100,6 +100,7 @@ class Response:
         """Begin the responses of these many rows; the rows behind them are closed."""
         self.count.zero_()
         self.open.zero_()
+        self.length.zero_()
         self.open[: len(lengths)] = True
         self.length[: len(lengths), 0] = torch.tensor(lengths, device=self.length.device)
         self.uniform[: len(lengths)] = uniform.to(self.uniform.device)
@@ -169,10 +170,13 @@ class Sampler:
         logits = self._read(0, pending)
         self.response.begin(ends, uniform)
         self._draw(logits)
+        longest = max(ends)
         for number in range(1, self.max_step_tokens):
-            if number % look == 0 and not self.response.open.any():
-                break
-            self._step(_up(len(pending), rows), _up(max(ends) + number, columns))
+            if number % look == 0:
+                if not self.response.open.any():
+                    break
+                longest = int((self.response.length + self.response.open).max())
+            self._step(_up(len(pending), rows), _up(longest + number % look, columns))
         parts = (self.response.ids, self.response.logp, self.response.entropy)
         responses = [self._cut(*row) for row in zip(*(part[: len(pending)].tolist() for part in parts), strict=True)]
         self.lengths = [end + len(ids) - 1 for end, (ids, _, _) in zip(ends, responses, strict=True)]
