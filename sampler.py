@@ -12,6 +12,7 @@ same functions on exact shapes. The capture and replay of graphs has not been ru
 import math
 from collections.abc import Iterator
 from contextlib import contextmanager
+from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -81,7 +82,7 @@ class SlotLayer(DynamicLayer):
             buffer[first : first + len(rows), :, :columns] = buffer[rows, :, :columns]
 
 
-class Response:
+class Turn:
     """What a decode step reads and writes. It stays in one place in memory, for all turns.
 
     rows: of the batch, at most.  tokens: of a response, at most.
@@ -106,21 +107,29 @@ class Response:
         self.uniform[: len(lengths)] = uniform.to(self.uniform.device)
 
 
+class Response(NamedTuple):
+    """What one row sampled in a turn, the stop token included if it came. A number a token, in nats."""
+
+    ids: list[int]
+    logp: list[float]
+    entropy: list[float]
+
+
 class Sampler:
     """Samples a response for every row of a batch, turn after turn, on one KV cache.
 
-    openings: the ids that each row begins with; see `add`.
+    The batch is empty at first.  max_tokens: of a row; the cache takes no more.
     """
 
-    def __init__(self, policy: Policy, openings: list[list[int]], temperature: float, max_step_tokens: int):
-        self.policy, self.temperature, self.max_step_tokens = policy, temperature, max_step_tokens
+    def __init__(self, policy: Policy, temperature: float, max_step_tokens: int, max_tokens: int):
+        self.policy, self.temperature = policy, temperature
+        self.max_step_tokens, self.max_tokens = max_step_tokens, max_tokens
         self.rounding = ROUNDING.get(policy.device.type, ROUNDING["cpu"])
         self.cache = DynamicCache(config=policy.model.config)
         self.cache.layers = [SlotLayer() for _ in self.cache.layers]
         self.lengths: list[int] = []  # tokens that the model has read, of each row
         self.capacity = (0, 0)  # rows and columns of the cache
         self.graphs: dict[tuple[int, int], torch.cuda.CUDAGraph] = {}  # of the decode steps of so many rows and columns
-        self.add(openings)
 
     # ------------------------------------------------------------------------------------------------ rows
 
@@ -149,45 +158,45 @@ class Sampler:
         """Room for so many rows and columns. Columns double when they are full; graphs of the old place are dropped."""
         rows, columns = _up(rows, self.rounding[0]), _up(columns, self.rounding[1])
         if rows > self.capacity[0] or columns >= self.capacity[1]:
-            self.capacity = (max(rows, self.capacity[0]), max(2 * columns, self.capacity[1]))
-            self.response = Response(self.capacity[0], self.max_step_tokens, self.policy.device)
+            most = _up(self.max_tokens, self.rounding[1]) + 1  # one more for what belongs to no token
+            self.capacity = (max(rows, self.capacity[0]), max(min(2 * columns, most), self.capacity[1]))
+            self.turn = Turn(self.capacity[0], self.max_step_tokens, self.policy.device)
             self.graphs = {}
             for layer in self.cache.layers:
                 layer.capacity = self.capacity
 
     # ------------------------------------------------------------------------------------------------ a turn
 
-    def respond(self, pending: list[list[int]], uniform: Tensor) -> list[tuple[list[int], list[float], list[float]]]:
-        """Feed each row its `pending` ids and sample until it writes the stop token or max_step_tokens.
+    def respond(self, histories: list[list[int]], uniform: Tensor) -> list[Response]:
+        """Feed each row what it has not read of its history, and sample until the stop token or max_step_tokens.
 
-        uniform: (B, max_step_tokens) random numbers in [0, 1).  Returns ids, logp and entropy (nats) for each row. The
-        last id of a response has not been fed yet: it belongs in front of the row's next pending ids.
-        Raises PolicyError if the logits are not finite.
+        histories: all ids of each row.  uniform: (B, max_step_tokens) random numbers in [0, 1). The last id of a
+        response has not been fed yet. Raises PolicyError if the logits are not finite.
         """
         rows, columns, look = self.rounding
-        ends = [length + len(ids) for length, ids in zip(self.lengths, pending, strict=True)]
-        self._reserve(len(pending), max(ends) + self.max_step_tokens)
+        pending = [ids[length:] for ids, length in zip(histories, self.lengths, strict=True)]
+        longest = max(map(len, histories))
+        self._reserve(len(pending), longest + self.max_step_tokens)
         logits = self._read(0, pending)
-        self.response.begin(ends, uniform)
+        self.turn.begin(self.lengths, uniform)
         self._draw(logits)
-        longest = max(ends)
         for number in range(1, self.max_step_tokens):
             if number % look == 0:
-                if not self.response.open.any():
+                if not self.turn.open.any():
                     break
-                longest = int((self.response.length + self.response.open).max())
+                longest = int((self.turn.length + self.turn.open).max())
             self._step(_up(len(pending), rows), _up(longest + number % look, columns))
-        parts = (self.response.ids, self.response.logp, self.response.entropy)
-        responses = [self._cut(*row) for row in zip(*(part[: len(pending)].tolist() for part in parts), strict=True)]
-        self.lengths = [end + len(ids) - 1 for end, (ids, _, _) in zip(ends, responses, strict=True)]
+        records = (record[: len(pending)].tolist() for record in (self.turn.ids, self.turn.logp, self.turn.entropy))
+        responses = [self._response(*row) for row in zip(*records, strict=True)]
+        self.lengths = [length + len(new.ids) - 1 for length, new in zip(self.lengths, responses, strict=True)]
         return responses
 
-    def _cut(self, ids: list[int], *numbers: list[float]) -> tuple[list[int], list[float], list[float]]:
-        """A row's response up to its stop token: ids, logp and entropy."""
+    def _response(self, ids: list[int], logp: list[float], entropy: list[float]) -> Response:
+        """A row's record up to its stop token."""
         length = ids.index(self.policy.stop_id) + 1 if self.policy.stop_id in ids else len(ids)
-        if not all(map(math.isfinite, numbers[0][:length])):
+        if not all(map(math.isfinite, logp[:length])):
             raise PolicyError("the policy's logits are not finite: its weights are damaged, or training diverged")
-        return ids[:length], *(part[:length] for part in numbers)
+        return Response(ids[:length], logp[:length], entropy[:length])
 
     def _read(self, first: int, pending: list) -> Tensor:
         """Feed rows `first`, `first` + 1, ... their pending ids; returns the logits (B, V) after the last of them."""
@@ -223,7 +232,7 @@ class Sampler:
     def _decode(self, rows: int, columns: int) -> None:
         """Feed the last token of every open response, and draw the next. Reads and writes nothing but `response` and
         the cache, on the device alone."""
-        now = self.response
+        now = self.turn
         slots = now.length[:rows].where(now.open[:rows], -1)  # (B, 1)
         logits = self._forward(now.token[:rows], slots, slice(0, rows), columns)
         now.length[:rows] += now.open[:rows]
@@ -247,7 +256,7 @@ class Sampler:
 
     def _draw(self, logits: Tensor) -> None:
         """Sample a token of every row from the logits (B, V), and record it with its logp and entropy."""
-        now, rows = self.response, len(logits)
+        now, rows = self.turn, len(logits)
         uniform = now.uniform[:rows].index_select(1, now.count).squeeze(1)
         token = sample(logits, uniform, self.temperature)[:, None]
         # Greedy decoding has no distribution of its own; the record is that of temperature 1.
