@@ -17,6 +17,8 @@ import torch
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
+from policy import PolicyError
+
 CHUNK_ELEMENTS = 2**26  # logits that exist at a time: 256 MiB in float32
 
 
@@ -24,12 +26,12 @@ def scoring(model: nn.Module) -> nn.Module:
     """Give a causal LM a second way to be called: model(input_ids=ids, sampled=mask) scores the sampled tokens.
 
     Then ids is (B, L), and mask, (B, L) bool, says which of them to score; the first of a row cannot be scored. Further
-    arguments are `temperature`, and `entropy=True` to get that, too. Returns logp and entropy, (N,) each, in nats, row by
-    row; entropy is None if it was not asked for. Gradient flows through logp only.
+    arguments are `temperature`, and `entropy=True` to compute entropy, too. Returns logp and entropy, (N,) each, in
+    nats, row by row; entropy is None if it was not asked for. Gradient flows through logp only.
 
-    It is the same object with the same weights under the same names. Only the classes of it and of its head are others,
-    so everything that wraps a model or saves it works as before, and a call without `sampled` too.
-    Raises ValueError if the model computes its logits in another way.
+    The model stays the same object with the same weights under the same names. Only its class and that of its head
+    change. So whatever wraps or saves a model works as before, and so does a call without `sampled`.
+    Raises PolicyError if the model computes its logits in another way.
     """
     head = model.get_output_embeddings()
     if isinstance(head, ScoringHead):
@@ -56,14 +58,14 @@ def _forward(kind: type):
 
 def _require_plain_head(model: nn.Module, head: nn.Module) -> None:
     if type(head) is not nn.Linear or head.bias is not None:
-        raise ValueError("the update cannot use this model: its lm_head is not a linear layer without bias")
+        raise PolicyError("the update cannot use this model: its lm_head is not a linear layer without bias")
     if head.weight.is_meta:  # sharded loading: the main process has the weights, and looks at them
         return
     with torch.no_grad():
         ids = torch.arange(1, 9, device=head.weight.device)[None]
         logits, hidden = model(input_ids=ids).logits, model.base_model(input_ids=ids).last_hidden_state
         if not torch.equal(logits, head(hidden)):
-            raise ValueError("the update cannot use this model: its logits are not lm_head of the last hidden state")
+            raise PolicyError("the update cannot use this model: its logits are not lm_head of the last hidden state")
 
 
 class ScoringHead(nn.Linear):
@@ -102,7 +104,7 @@ class _Score(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     def backward(ctx, d_logp: Tensor, _) -> tuple[Tensor, Tensor, None, None]:
-        """d logp_a / d z = 1_a - p. Each part of the weight's gradient is written once, and no second buffer is needed."""
+        """d logp_a / d z = 1_a - p. Each part of the weight's gradient is written once, into its only buffer."""
         hidden, weight, ids, log_norm = ctx.saved_tensors
         d_hidden = torch.zeros(hidden.shape, dtype=log_norm.dtype, device=hidden.device)
         d_weight = torch.empty_like(weight)

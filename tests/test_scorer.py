@@ -12,6 +12,7 @@ from transformers import AutoModelForCausalLM
 
 import scorer
 from empg import token_logp_and_entropy
+from policy import PolicyError
 from scorer import ScoringHead, scoring
 
 SMALL = {
@@ -175,5 +176,5 @@ def test_a_copy_and_a_saved_model_are_models_of_their_own(tmp_path):
     ],
 )
 def test_a_model_that_computes_its_logits_in_another_way_is_refused(kind, changes, message):
-    with pytest.raises(ValueError, match=message):
+    with pytest.raises(PolicyError, match=message):
         scoring(small(kind, **changes))
