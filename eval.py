@@ -11,6 +11,8 @@ as its training run played it, on the same tasks, with the same limits and rando
 
 import json
 import os
+from collections.abc import Iterator
+from contextlib import contextmanager
 from operator import itemgetter
 from pathlib import Path
 
@@ -51,6 +53,15 @@ def start_ranks(threads: int, **options) -> Accelerator:
     return accelerator
 
 
+@contextmanager
+def enough_memory(work: str, advice: str) -> Iterator[None]:
+    """Ends the program with one line, which gives the advice, if the memory of the GPU runs out within."""
+    try:
+        yield
+    except torch.OutOfMemoryError as error:
+        raise SystemExit(f"out of GPU memory while {work}: {advice}") from error
+
+
 def open_envs(config: EvalConfig | TrainConfig, number: int, splits: list[str]) -> list[Env]:
     """`number` environments with tasks in the splits. Ends the program if data or packages are missing."""
     try:
@@ -73,6 +84,7 @@ def first_tasks(env: Env, name: str, split: str, number: int) -> list[Task]:
     return [Task(name, split, seed) for seed in range(number if size is None else min(number, size))]
 
 
+@enough_memory("sampling", "lower --batch_size")
 def evaluate(
     player: str | Policy, envs: list[Env], tasks: list[Task], config: EvalConfig | TrainConfig, accelerator: Accelerator
 ) -> list[Episode]:

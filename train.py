@@ -48,7 +48,7 @@ from empg import (
 )
 from envs import Env, careless_player, fingerprint
 from episode import Batch, Episode, Task, collate, save_episodes
-from eval import evaluate, first_tasks, open_envs, require_steps, start_ranks, summarize, table
+from eval import enough_memory, evaluate, first_tasks, open_envs, require_steps, start_ranks, summarize, table
 from policy import Dialogue, PolicyError
 from record import Modulation, Record, RecordError, episode_metrics, eval_metrics, step_metrics, update_metrics
 from rollout import dialogue, play_scripted, rollout
@@ -141,6 +141,7 @@ def assign_credit(config: TrainConfig, batch: Batch) -> Modulation:
     return Modulation(base, entropy, valid, norm_entropy, g, f, center(base[:, None] * g + config.zeta * f, valid))
 
 
+@enough_memory("learning", "lower --micro_batch_tokens, or set --gradient_checkpointing")
 def learn(config: TrainConfig, learner: Learner, batch: Batch, iteration: int) -> tuple[Modulation, dict[str, float]]:
     """The algorithm: from the episodes of an iteration, (B, L), to new weights.
 
@@ -237,6 +238,7 @@ def train_task(config: TrainConfig, size: int | None, number: int) -> Task:
     return Task(config.env, "train", int(order[number % size]))
 
 
+@enough_memory("sampling", "lower --batch_size")
 def sample_round(config: TrainConfig, learner: Learner, envs: list[Env], first: int) -> list[list[Episode]]:
     """One group of G episodes for each of the tasks from number `first` on; every rank plays its share and gets all."""
     accelerator, size, group = learner.accelerator, envs[0].size("train"), config.group_size
