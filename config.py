@@ -213,6 +213,10 @@ class TrainConfig(WorldConfig):
         """The split of the evaluations."""
         return self.eval_split or held_out_splits(self.env)[0]
 
+    def is_evaluated(self, iteration: int) -> bool:
+        """Whether the policy is evaluated after this iteration; 0 is before training."""
+        return iteration % self.eval_every == 0 or iteration == self.iterations
+
 
 # ---------------------------------------------------------------------------------------------------- evaluation
 

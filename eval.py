@@ -13,6 +13,7 @@ import json
 import os
 from collections.abc import Iterator
 from contextlib import contextmanager
+from datetime import timedelta
 from operator import itemgetter
 from pathlib import Path
 
@@ -20,15 +21,20 @@ import numpy as np
 import torch
 import transformers
 from accelerate import Accelerator
-from accelerate.utils import gather_object
+from accelerate.utils import InitProcessGroupKwargs
 from scipy import stats
 
 from config import EvalConfig, TrainConfig, parse_eval_config
 from envs import PLAYERS, Env, held_out_splits, make_envs
 from episode import Episode, Task, save_episodes
-from policy import Policy, PolicyError, load_policy
+from policy import Policy, PolicyError, load_policy, require_context
 from record import RecordError, reporting, require_writable
 from rollout import play_scripted, rollout
+from stopping import play_together
+
+# How long a rank waits for another. One whose episodes are long may sample for an hour while the others wait, and NCCL
+# would give up after ten minutes. When a rank dies, the launcher ends the others at once.
+PATIENCE = timedelta(hours=4)
 
 # --------------------------------------------------------------------------------------------------------- playing
 
@@ -41,7 +47,8 @@ def start_ranks(threads: int, **options) -> Accelerator:
     Ends the program if the launcher started others than there are ranks: each would do the whole work.
     """
     # Without a GPU the ranks find each other only if they are told to stay on the CPU.
-    accelerator = Accelerator(cpu=not torch.cuda.is_available(), **options)
+    patience = InitProcessGroupKwargs(timeout=PATIENCE)
+    accelerator = Accelerator(cpu=not torch.cuda.is_available(), kwargs_handlers=[patience], **options)
     launched = int(os.environ.get("WORLD_SIZE", 1))
     if accelerator.num_processes != launched:
         raise SystemExit(
@@ -94,14 +101,17 @@ def evaluate(
     """
     rank, ranks = accelerator.process_index, accelerator.num_processes
     mine = tasks[rank::ranks]
-    if isinstance(player, str):
-        episodes = play_scripted(envs[0], mine, PLAYERS[player], config.seed, desc=player)
-    else:
-        seeds = [(config.seed, task.seed) for task in mine]
-        limits = {"max_step_tokens": config.max_step_tokens, "max_tokens": config.max_tokens}
-        episodes = rollout(player, envs, mine, seeds, temperature=config.temperature, desc="evaluate", **limits)
-    numbered = gather_object(list(zip(range(rank, len(tasks), ranks), episodes, strict=True)))
-    return require_steps([episode for _, episode in sorted(numbered, key=itemgetter(0))])
+
+    def play() -> list[tuple[int, Episode]]:
+        if isinstance(player, str):
+            episodes = play_scripted(envs[0], mine, PLAYERS[player], config.seed, desc=player)
+        else:
+            seeds = [(config.seed, task.seed) for task in mine]
+            limits = {"max_step_tokens": config.max_step_tokens, "max_tokens": config.max_tokens}
+            episodes = rollout(player, envs, mine, seeds, temperature=config.temperature, desc="evaluate", **limits)
+        return list(zip(range(rank, len(tasks), ranks), episodes, strict=True))
+
+    return require_steps([episode for _, episode in sorted(play_together(play), key=itemgetter(0))])
 
 
 def require_steps(episodes: list[Episode]) -> list[Episode]:
@@ -246,6 +256,7 @@ def run(config: EvalConfig, accelerator: Accelerator) -> None:
     players = [name if name in PLAYERS else load_policy(name) for name in names]
     policies = [player for player in players if isinstance(player, Policy)]
     for policy in policies:
+        require_context(policy, config.max_tokens)
         policy.model.to(accelerator.device)
     envs = open_envs(config, config.batch_size if policies else 1, config.split)
     splits = config.split or [split for split in held_out_splits(config.env) if has_tasks(envs[0], split)]

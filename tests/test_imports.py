@@ -42,12 +42,13 @@ ALLOWED = {
     "tiny": {"policy"},
     "envs": WORLDS,
     "config": {"empg", "envs", *WORLDS},
-    "checkpoint": {"policy", "config", "empg", "envs", *WORLDS},
+    "stopping": set(),
+    "checkpoint": {"policy", "config", "empg", "envs", "episode", "update", *WORLDS},
     "rollout": {"empg", "episode", "policy", "envs", *WORLDS},
     "scorer": {"policy"},
     "update": {"empg", "episode", "policy", "scorer", "config", "envs", *WORLDS},
     "record": {"empg", "episode", "config", "envs", "figures", *WORLDS},
-    "eval": {"empg", "episode", "policy", "envs", "config", "rollout", "record", "figures", *WORLDS},
+    "eval": {"empg", "episode", "policy", "envs", "config", "rollout", "record", "figures", "stopping", *WORLDS},
 } | dict.fromkeys(WORLDS, WORLDS)
 
 
