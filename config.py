@@ -158,6 +158,9 @@ class TrainConfig(WorldConfig):
         default="captured", metadata={"help": "old log-probs: the sampler's, or the trainer's before its first step"}
     )
     max_grad_norm: float = field(default=1.0, metadata={"help": "gradients are scaled down to this norm"})
+    fsdp: bool = field(
+        default=False, metadata={"help": "divide weights, gradients and optimizer among the processes (FSDP2)"}
+    )
     gradient_checkpointing: bool = field(default=False, metadata={"help": "compute activations twice to save memory"})
     # the warm start of the tiny model
     demonstrations: int = field(default=2400, metadata={"help": "episodes of the careless player that it imitates"})

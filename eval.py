@@ -12,7 +12,7 @@ as its training run played it, on the same tasks, with the same limits and rando
 import json
 import os
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from datetime import timedelta
 from operator import itemgetter
 from pathlib import Path
@@ -30,6 +30,7 @@ from episode import Episode, Task, save_episodes
 from policy import Policy, PolicyError, load_policy, require_context
 from record import RecordError, reporting, require_writable
 from rollout import play_scripted, rollout
+from sharding import gathered, sharding_accelerator
 from stopping import play_together
 
 # How long a rank waits for another. One whose episodes are long may sample for an hour while the others wait, and NCCL
@@ -39,16 +40,17 @@ PATIENCE = timedelta(hours=4)
 # --------------------------------------------------------------------------------------------------------- playing
 
 
-def start_ranks(threads: int, **options) -> Accelerator:
+def start_ranks(threads: int, fsdp: bool = False, **options) -> Accelerator:
     """This process as one of the ranks that the launcher started; options go to Accelerator.
 
     threads: of this process on the CPU; 0 shares the cores among the ranks, where launchers leave one thread to each.
+    fsdp: models will be divided among the ranks.
 
     Ends the program if the launcher started others than there are ranks: each would do the whole work.
     """
     # Without a GPU the ranks find each other only if they are told to stay on the CPU.
-    patience = InitProcessGroupKwargs(timeout=PATIENCE)
-    accelerator = Accelerator(cpu=not torch.cuda.is_available(), kwargs_handlers=[patience], **options)
+    options |= {"cpu": not torch.cuda.is_available(), "kwargs_handlers": [InitProcessGroupKwargs(timeout=PATIENCE)]}
+    accelerator = sharding_accelerator(**options) if fsdp else Accelerator(**options)
     launched = int(os.environ.get("WORLD_SIZE", 1))
     if accelerator.num_processes != launched:
         raise SystemExit(
@@ -111,7 +113,9 @@ def evaluate(
             episodes = rollout(player, envs, mine, seeds, temperature=config.temperature, desc="evaluate", **limits)
         return list(zip(range(rank, len(tasks), ranks), episodes, strict=True))
 
-    return require_steps([episode for _, episode in sorted(play_together(play), key=itemgetter(0))])
+    with nullcontext() if isinstance(player, str) else gathered(player.model):
+        numbered = play_together(play)
+    return require_steps([episode for _, episode in sorted(numbered, key=itemgetter(0))])
 
 
 def require_steps(episodes: list[Episode]) -> list[Episode]:

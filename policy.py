@@ -59,9 +59,9 @@ class Policy:
     def device(self) -> torch.device:
         return self.model.device
 
-    def save(self, folder: Path) -> None:
-        """Write model and tokenizer so that `load_policy` reads them back."""
-        self.model.save_pretrained(folder)
+    def save(self, folder: Path, weights: dict[str, torch.Tensor] | None = None) -> None:
+        """Write model and tokenizer so that `load_policy` reads them back. weights: all of a sharded model."""
+        self.model.save_pretrained(folder, state_dict=weights)
         self.tokenizer.save_pretrained(folder)
 
     # ----------------------------------------------------------------------------------------- texts to token ids

@@ -25,7 +25,7 @@ from accelerate import Accelerator
 from accelerate.utils import broadcast_object_list
 from tqdm import tqdm
 
-from checkpoint import CheckpointError, checkpoint_path, keep_best, load_optimizer, run_position, save
+from checkpoint import CheckpointError, checkpoint_path, keep_best, restore, run_position, save
 from config import TrainConfig, parse_config
 from empg import (
     NORMALIZATIONS,
@@ -45,6 +45,7 @@ from eval import enough_memory, evaluate, first_tasks, open_envs, require_steps,
 from policy import Dialogue, PolicyError, require_context
 from record import Modulation, Record, RecordError, episode_metrics, eval_metrics, step_metrics, update_metrics
 from rollout import dialogue, play_scripted, rollout
+from sharding import gathered, whole
 from stopping import Stopped, StopRequest, play_together
 from tiny import TinyConfig, warm_start
 from update import (
@@ -63,7 +64,7 @@ from update import (
 def train(config: TrainConfig) -> None:
     """The whole run: prepare, iterate, report."""
     tracker = {} if config.report_to == "none" else {"log_with": config.report_to, "project_dir": config.out}
-    accelerator = start_ranks(config.threads, **tracker)
+    accelerator = start_ranks(config.threads, config.fsdp, **tracker)
     envs = open_envs(config, config.batch_size, ["train", config.held_out])
     record = Record(config, accelerator)
     learner, state = prepare(config, accelerator, envs[0])
@@ -174,7 +175,7 @@ def learn(config: TrainConfig, learner: Learner, batch: Batch, iteration: int) -
 
         # 6 clip and step
         grad_norm = accelerator.clip_grad_norm_(learner.model.parameters(), config.max_grad_norm)
-        sums["grad_norm"] += require_finite(float(grad_norm), rows)
+        sums["grad_norm"] += require_finite(whole(grad_norm), rows)
         learner.optimizer.step()
         learner.optimizer.zero_grad()
         sums["learning_rate"] += learner.optimizer.param_groups[0]["lr"]
@@ -199,7 +200,7 @@ def prepare(config: TrainConfig, accelerator: Accelerator, env: Env) -> tuple[Le
     learner = make_learner(config, accelerator, str(newest or first), first)
     require_context(learner.policy, config.max_tokens)
     if newest:
-        load_optimizer(newest, learner.optimizer)
+        restore(newest, learner)
     return learner, state
 
 
@@ -250,7 +251,8 @@ def sample_round(config: TrainConfig, learner: Learner, envs: list[Env], first: 
         episodes = rollout(learner.policy, envs, tasks, seeds, temperature=config.temperature, **limits)
         return [(number, episodes[i * group : (i + 1) * group]) for i, number in enumerate(numbers)]
 
-    return [group for _, group in sorted(play_together(play), key=itemgetter(0))]
+    with gathered(learner.policy.model):
+        return [group for _, group in sorted(play_together(play), key=itemgetter(0))]
 
 
 def sample_groups(

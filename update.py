@@ -19,6 +19,7 @@ from empg import aggregate, kl_k3, policy_loss
 from episode import Batch
 from policy import Policy, load_policy
 from scorer import scoring
+from sharding import prepare_frozen
 
 
 @dataclass(frozen=True)
@@ -44,7 +45,7 @@ def make_learner(config: TrainConfig, accelerator: Accelerator, path: str, first
     policy.model = accelerator.unwrap_model(model)
     reference = None
     if config.kl_coef:
-        reference = accelerator.prepare_model(scoring(load_policy(first).model), evaluation_mode=True)
+        reference = prepare_frozen(accelerator, scoring(load_policy(first).model))
     return Learner(accelerator, policy, model, optimizer, reference)
 
 

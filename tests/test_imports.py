@@ -43,12 +43,16 @@ ALLOWED = {
     "envs": WORLDS,
     "config": {"empg", "envs", *WORLDS},
     "stopping": set(),
-    "checkpoint": {"policy", "config", "empg", "envs", "episode", "update", *WORLDS},
+    "checkpoint": {"policy", "config", "empg", "envs", "episode", "scorer", "sharding", "update", *WORLDS},
     "rollout": {"empg", "episode", "policy", "envs", *WORLDS},
     "scorer": {"policy"},
-    "update": {"empg", "episode", "policy", "scorer", "config", "envs", *WORLDS},
+    "sharding": set(),
+    "update": {"empg", "episode", "policy", "scorer", "sharding", "config", "envs", *WORLDS},
     "record": {"empg", "episode", "config", "envs", "figures", *WORLDS},
-    "eval": {"empg", "episode", "policy", "envs", "config", "rollout", "record", "figures", "stopping", *WORLDS},
+    "eval": {
+        *("empg", "episode", "policy", "envs", "config", "rollout", "record", "figures", "sharding", "stopping"),
+        *WORLDS,
+    },
 } | dict.fromkeys(WORLDS, WORLDS)
 
 
