@@ -42,11 +42,17 @@ ALLOWED = {
     "tiny": {"policy"},
     "envs": WORLDS,
     "config": {"empg", "envs", *WORLDS},
-    "checkpoint": {"policy", "config", "empg", "envs", *WORLDS},
+    "stopping": set(),
+    "checkpoint": {"policy", "config", "empg", "envs", "episode", "scorer", "sharding", "update", *WORLDS},
     "rollout": {"empg", "episode", "policy", "envs", *WORLDS},
-    "update": {"empg", "episode", "policy", "config", "envs", *WORLDS},
+    "scorer": {"policy"},
+    "sharding": set(),
+    "update": {"empg", "episode", "policy", "scorer", "sharding", "config", "envs", *WORLDS},
     "record": {"empg", "episode", "config", "envs", "figures", *WORLDS},
-    "eval": {"empg", "episode", "policy", "envs", "config", "rollout", "record", "figures", *WORLDS},
+    "eval": {
+        *("empg", "episode", "policy", "envs", "config", "rollout", "record", "figures", "sharding", "stopping"),
+        *WORLDS,
+    },
 } | dict.fromkeys(WORLDS, WORLDS)
 
 
