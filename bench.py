@@ -2,6 +2,8 @@
 
     python bench.py                 everything, a few minutes on two cores; prints a table and writes bench.json
     python bench.py --only memory   one part of rollout, empg, trl, memory, worlds
+    python bench.py --only sampler  a model of 34 million random weights: the sampler against the generate loop
+    python bench.py --only gpu      Qwen2.5-1.5B's shape on a GPU: the same, and shares of the machine's limits
     python bench.py --only trl      an iteration against TRL's own (pip install -r requirements-trl.txt)
     python bench.py --only worlds --data games    ALFWorld too, on the games in that folder
 
@@ -11,6 +13,7 @@ Speeds are compared as ratios of medians, the two sides measured in turns: absol
 import importlib.util
 import json
 import multiprocessing
+import os
 import resource
 import statistics
 import time
@@ -25,13 +28,12 @@ import torch
 from accelerate import Accelerator
 from transformers import PrinterCallback, ProgressCallback, TrainerCallback
 
+from bench_rollout import LARGE, SMALL, clock, measure_gpu, measure_rollout, measure_sampler, our_rollout, random_policy
 from config import TrainConfig, parse_config
 from empg import group_advantages, modulate, spread, step_entropy, token_logp_and_entropy
-from envs import ENVIRONMENTS, Env, make_envs, parse_response
-from episode import Episode, Task, collate
+from envs import ENVIRONMENTS, make_envs
+from episode import Task, collate
 from eval import start_ranks
-from policy import Policy
-from rollout import rollout
 from train import first_policy, learn, prepare, train_task
 from update import Learner
 
@@ -40,8 +42,8 @@ from update import Learner
 class BenchConfig:
     """Measure speed and memory."""
 
-    only: Literal["all", "rollout", "empg", "trl", "memory", "worlds"] = field(
-        default="all", metadata={"help": "part to measure"}
+    only: Literal["all", "rollout", "empg", "trl", "memory", "worlds", "sampler", "gpu"] = field(
+        default="all", metadata={"help": "part to measure; all: without sampler and gpu"}
     )
     policy: str = field(default="tiny", metadata={"help": "folder or hub id; tiny: the warm start of the default run"})
     environments: int = field(default=64, metadata={"help": "House worlds that are played at once"})
@@ -52,80 +54,6 @@ class BenchConfig:
     worlds: int = field(default=128, metadata={"help": "worlds: environments that take turns in one process"})
     data: str = field(default="", metadata={"help": "worlds: folder of ALFWorld games; default: ALFWorld is left out"})
     out: str = field(default="bench.json", metadata={"help": "file for the result"})
-
-
-# --------------------------------------------------------------------------------------------------------- rollout
-
-
-@torch.inference_mode()
-def generate_loop(policy: Policy, envs: list[Env], tasks: list[Task], config: TrainConfig) -> int:
-    """The loop that most people write: `generate` on the left-padded whole history at every turn, on the same tasks and
-    with the same limits; finished episodes leave the batch here too. Returns the number of sampled tokens."""
-    prompts = [env.reset(task.split, task.seed)[0] for env, task in zip(envs, tasks, strict=True)]
-    histories = policy.opening(envs[0].instructions, prompts)
-    live, sampled, pad = list(range(len(tasks))), 0, policy.tokenizer.pad_token_id
-    while live:
-        width = max(len(histories[i]) for i in live)
-        ids = torch.tensor([[pad] * (width - len(histories[i])) + histories[i] for i in live], device=policy.device)
-        mask = torch.tensor([[0] * (width - len(histories[i])) + [1] * len(histories[i]) for i in live])
-        output = policy.model.generate(
-            input_ids=ids,
-            attention_mask=mask.to(policy.device),
-            do_sample=True,
-            temperature=config.temperature,
-            top_k=0,
-            top_p=1.0,
-            max_new_tokens=config.max_step_tokens,
-            eos_token_id=policy.stop_id,
-            pad_token_id=pad,
-        )[:, width:].tolist()
-        responses = [row[: row.index(policy.stop_id) + 1] if policy.stop_id in row else row for row in output]
-        sampled += sum(map(len, responses))
-        going, room = [], config.max_tokens - config.max_step_tokens
-        for i, ids in zip(live, responses, strict=True):
-            observation, _, terminated, truncated, _ = envs[i].step(parse_response(policy.decode(ids))[1])
-            histories[i] += ids + policy.turn([observation])[0]
-            if not (terminated or truncated or len(histories[i]) > room):
-                going.append(i)
-        live = going
-    return sampled
-
-
-def our_rollout(policy: Policy, envs: list[Env], tasks: list[Task], config: TrainConfig, seed: int) -> list[Episode]:
-    """rollout.py with the settings of the default run."""
-    seeds = [(seed, number) for number in range(len(tasks))]
-    limits = {"max_step_tokens": config.max_step_tokens, "max_tokens": config.max_tokens}
-    return rollout(policy, envs, tasks, seeds, temperature=config.temperature, **limits)
-
-
-def measure_rollout(bench: BenchConfig, config: TrainConfig, policy: Policy) -> dict:
-    """Sampled tokens a second of both loops, and the share of ours that is spent in bare model forwards."""
-    envs = make_envs(config.env, config.settings, bench.environments)
-    tasks = [Task(config.env, "train", seed // config.group_size) for seed in range(bench.environments)]  # groups
-    ours, theirs, shares = [], [], []
-    forward, in_forward = policy.model.forward, [0.0]
-
-    def timed_forward(*args, **kwargs):
-        seconds, output = clock(lambda: forward(*args, **kwargs))
-        in_forward[0] += seconds
-        return output
-
-    for repeat in range(bench.repeats + 1):
-        policy.model.forward, in_forward[0] = timed_forward, 0.0
-        seconds, episodes = clock(lambda seed=repeat: our_rollout(policy, envs, tasks, config, seed))
-        policy.model.forward = forward
-        ours.append(sum(step.end - step.start for episode in episodes for step in episode.steps) / seconds)
-        shares.append(in_forward[0] / seconds)
-        torch.manual_seed(repeat)
-        seconds, sampled = clock(lambda: generate_loop(policy, envs, tasks, config))
-        theirs.append(sampled / seconds)
-    ours, theirs, shares = (statistics.median(values[1:]) for values in (ours, theirs, shares))  # the first warms up
-    return {
-        "rollout, sampled tokens a second": ours,
-        "generate loop, sampled tokens a second": theirs,
-        "rollout over generate loop": ours / theirs,
-        "share of rollout in model forwards": shares,
-    }
 
 
 # ------------------------------------------------------------------------------------------------------------ EMPG
@@ -309,17 +237,6 @@ def measure_worlds(bench: BenchConfig) -> dict:
 # ---------------------------------------------------------------------------------------------------------- output
 
 
-def clock(work: Callable) -> tuple[float, object]:
-    """Seconds that the work took, and its result."""
-    if torch.cuda.is_available():
-        torch.cuda.synchronize()
-    start = time.perf_counter()
-    result = work()
-    if torch.cuda.is_available():
-        torch.cuda.synchronize()
-    return time.perf_counter() - start, result
-
-
 def main() -> None:
     bench = parse_config(BenchConfig)
     config = TrainConfig(policy=bench.policy, out="out/bench")
@@ -330,7 +247,7 @@ def main() -> None:
         accelerator = start_ranks(bench.threads)
         learner, _ = prepare(config, accelerator, make_envs(config.env, config.settings, 1)[0])
         if bench.only in ("all", "rollout"):
-            result |= measure_rollout(bench, config, learner.policy)
+            result |= measure_rollout(config, learner.policy, bench.environments, bench.repeats)
         if bench.only in ("all", "empg"):
             result |= measure_empg(bench, config, learner)
         if bench.only in ("all", "trl"):
@@ -340,6 +257,13 @@ def main() -> None:
                 from examples.trl_empg import GRPOTrainer, make_trainer
 
                 result |= measure_trl(bench, config, accelerator, partial(make_trainer, trainer=GRPOTrainer))
+    if bench.only == "sampler":
+        torch.set_num_threads(bench.threads or os.cpu_count())
+        result |= measure_sampler(SMALL, random_policy(SMALL, "cpu"), bench.repeats)
+    if bench.only == "gpu":
+        if not torch.cuda.is_available():
+            raise SystemExit("--only gpu needs a GPU, and torch sees none here")
+        result |= measure_gpu(LARGE, bench.repeats)
     if bench.only in ("all", "memory"):
         result |= measure_memory(bench)
     for name, value in result.items():

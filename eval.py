@@ -30,6 +30,7 @@ from episode import Episode, Task, save_episodes
 from policy import Policy, PolicyError, load_policy, require_context
 from record import RecordError, reporting, require_writable
 from rollout import play_scripted, rollout
+from sampler import sampling_weights
 from sharding import gathered, sharding_accelerator
 from stopping import play_together
 
@@ -110,7 +111,8 @@ def evaluate(
         else:
             seeds = [(config.seed, task.seed) for task in mine]
             limits = {"max_step_tokens": config.max_step_tokens, "max_tokens": config.max_tokens}
-            episodes = rollout(player, envs, mine, seeds, temperature=config.temperature, desc="evaluate", **limits)
+            with sampling_weights(player.model, accelerator.mixed_precision):
+                episodes = rollout(player, envs, mine, seeds, temperature=config.temperature, desc="evaluate", **limits)
         return list(zip(range(rank, len(tasks), ranks), episodes, strict=True))
 
     with nullcontext() if isinstance(player, str) else gathered(player.model):

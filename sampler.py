@@ -1,12 +1,14 @@
 """Responses for all rows of a batch, sampled turn after turn on one KV cache, on a CPU or on a GPU.
 
-A response is read and written in three parts. `_read` feeds what a row has not read yet, many tokens at a time. `_draw`
-samples one token from the logits and records it. `_decode` feeds that token and draws the next one.
+A turn has three parts. `_read` feeds what the rows have not read yet, many tokens at a time. `_draw` samples a token
+for each row from the logits. `_decode`, the decode step, feeds that token and draws the next one.
 
-A decode step costs a GPU less time than it costs Python to launch its kernels. So a step is recorded as a CUDA graph,
-and replayed. A graph is bound to its shapes and to its place in memory. Therefore the cache and the state of a response
-stay where they are, and a step on a GPU takes rows and columns up to the next multiple of `ROUNDING`. The CPU runs the
-same functions on exact shapes. The capture and replay of graphs has not been run: no GPU was at hand.
+On a GPU, Python takes longer to launch the kernels of a decode step than the GPU to run them. So the step is captured
+as a CUDA graph and replayed. A graph repeats the same kernels on the same shapes at the same addresses. Therefore cache
+and `Turn` keep their place in memory, and numbers of rows and columns are rounded up, so that few graphs are needed.
+
+A CPU runs the same functions on exact shapes. Tests run them there on rounded shapes, too. Capture and replay alone
+(`_step`) were not run: no GPU was at hand.
 """
 
 import math
@@ -17,15 +19,15 @@ from typing import NamedTuple
 import torch
 from torch import Tensor, nn
 from transformers import DynamicCache
-from transformers.cache_utils import DynamicLayer
 
 from empg import token_logp_and_entropy
+from kv_cache import SlotLayer
 from policy import Policy, PolicyError
 
-# For each kind of device: a decode step has a multiple of so many rows and columns, and after so many tokens the host
-# looks whether all responses have ended. Each look makes a GPU wait.
+# By device: rows and columns of a decode step are rounded up to multiples of the first two numbers. The third is the
+# number of tokens between two looks of the host at whether all responses have ended. A look makes a GPU wait.
 ROUNDING = {"cpu": (1, 1, 1), "cuda": (16, 256, 8)}
-READ_AT_ONCE = 2**15  # tokens of one pass, padding included: they bound the memory of reading
+READ_AT_ONCE = 2**15  # tokens of one forward pass, padding included; it bounds the memory
 
 
 def sample(logits: Tensor, uniform: Tensor, temperature: float) -> Tensor:
@@ -41,52 +43,8 @@ def sample(logits: Tensor, uniform: Tensor, temperature: float) -> Tensor:
     return torch.searchsorted(distribution, target, right=True).squeeze(-1).clamp(max=logits.shape[-1] - 1)
 
 
-class SlotLayer(DynamicLayer):
-    """Keys and values of one attention layer, written in place: the token at position p of a row stands in column p.
-
-    transformers' own layer copies the whole past for every token. Here keys and values are views of buffers,
-    (rows, heads, columns, size), that stay in place until they are full. The last column of a buffer takes what belongs
-    to no token.
-    """
-
-    capacity: tuple[int, int]  # rows and columns of the buffers
-    rows: slice  # to which the next tokens belong
-    slots: Tensor  # (B, n), the column of each of these tokens, -1 for padding
-    columns: int  # that attention sees
-
-    def update(self, key_states: Tensor, value_states: Tensor, *args, **kwargs) -> tuple[Tensor, Tensor]:
-        """Write the states of n tokens, (B, heads, n, size), into their slots; returns these rows' columns."""
-        if not self.is_initialized:
-            self.lazy_initialization(key_states, value_states)
-            # Keys take the type of the values. Under autocast, rotary embedding leaves them in float32, and attention
-            # would cast the whole cache for every token.
-            self.buffers = [states[:0, :, :0].to(value_states.dtype) for states in (key_states, value_states)]
-        if self.buffers[0].shape[::2] != self.capacity:
-            self.buffers = [self._larger(buffer) for buffer in self.buffers]
-        row = torch.arange(len(self.slots), device=self.slots.device)[:, None]
-        for buffer, states in zip(self.buffers, (key_states, value_states), strict=True):
-            buffer[self.rows][row, :, self.slots] = states.transpose(1, 2).to(buffer.dtype)
-        self.keys, self.values = (buffer[self.rows, :, : self.columns] for buffer in self.buffers)
-        return self.keys, self.values
-
-    def _larger(self, old: Tensor) -> Tensor:
-        """A buffer of the present capacity. Zeros follow, because attention multiplies masked values by 0."""
-        new = old.new_zeros(self.capacity[0], old.shape[1], self.capacity[1], old.shape[3])
-        used = old[:, :, :-1]
-        new[: used.shape[0], :, : used.shape[2]] = used
-        return new
-
-    def place(self, first: int, rows: Tensor, columns: int) -> None:
-        """Make rows `first`, `first` + 1, ... copies of these rows (n,), as far as these columns."""
-        for buffer in self.buffers:
-            buffer[first : first + len(rows), :, :columns] = buffer[rows, :, :columns]
-
-
 class Turn:
-    """What a decode step reads and writes. It stays in one place in memory, for all turns.
-
-    rows: of the batch, at most.  tokens: of a response, at most.
-    """
+    """What a decode step reads and writes besides the cache: (rows, tokens of a response, at most) on the device."""
 
     def __init__(self, rows: int, tokens: int, device: torch.device):
         self.count = torch.zeros(1, dtype=torch.long, device=device)  # tokens of each response so far
@@ -98,10 +56,9 @@ class Turn:
         self.logp, self.entropy = (torch.zeros_like(self.uniform) for _ in range(2))  # nats
 
     def begin(self, lengths: list[int], uniform: Tensor) -> None:
-        """Begin the responses of these many rows; the rows behind them are closed."""
-        self.count.zero_()
-        self.open.zero_()
-        self.length.zero_()
+        """Begin a turn.  lengths: tokens read, of each row; rows behind these are closed.  uniform: (B, tokens)."""
+        for tensor in (self.count, self.open, self.length):
+            tensor.zero_()
         self.open[: len(lengths)] = True
         self.length[: len(lengths), 0] = torch.tensor(lengths, device=self.length.device)
         self.uniform[: len(lengths)] = uniform.to(self.uniform.device)
@@ -131,22 +88,16 @@ class Sampler:
         self.capacity = (0, 0)  # rows and columns of the cache
         self.graphs: dict[tuple[int, int], torch.cuda.CUDAGraph] = {}  # of the decode steps of so many rows and columns
 
-    # ------------------------------------------------------------------------------------------------ rows
-
     def add(self, openings: list[list[int]]) -> None:
         """New rows that begin with these ids. Equal openings are read once. The last id is left for `respond`."""
         distinct = list(dict.fromkeys(tuple(ids[:-1]) for ids in openings))
         first = len(self.lengths)
         self._reserve(first + len(openings), max(map(len, distinct)))
         self._read(first, distinct)
-        self._place(first, [first + distinct.index(tuple(ids[:-1])) for ids in openings])
+        self.keep([first + distinct.index(tuple(ids[:-1])) for ids in openings], first)
 
-    def keep(self, rows: list[int]) -> None:
-        """Make these the rows of the batch; every other row is dropped."""
-        self._place(0, rows)
-
-    def _place(self, first: int, rows: list[int]) -> None:
-        """Put these rows behind the first ones, and drop every row that is neither of them."""
+    def keep(self, rows: list[int], first: int = 0) -> None:
+        """Make these the rows of the batch from `first` on; every other row behind `first` is dropped."""
         lengths = [self.lengths[row] for row in rows]
         if rows != list(range(first, first + len(rows))):
             index = torch.tensor(rows, dtype=torch.long, device=self.policy.device)
@@ -155,7 +106,7 @@ class Sampler:
         self.lengths[first:] = lengths
 
     def _reserve(self, rows: int, columns: int) -> None:
-        """Room for so many rows and columns. Columns double when they are full; graphs of the old place are dropped."""
+        """Make room in the cache, twice the columns if they are full. Graphs that know its old place are dropped."""
         rows, columns = _up(rows, self.rounding[0]), _up(columns, self.rounding[1])
         if rows > self.capacity[0] or columns >= self.capacity[1]:
             most = _up(self.max_tokens, self.rounding[1]) + 1  # one more for what belongs to no token
@@ -164,8 +115,6 @@ class Sampler:
             self.graphs = {}
             for layer in self.cache.layers:
                 layer.capacity = self.capacity
-
-    # ------------------------------------------------------------------------------------------------ a turn
 
     def respond(self, histories: list[list[int]], uniform: Tensor) -> list[Response]:
         """Feed each row what it has not read of its history, and sample until the stop token or max_step_tokens.
@@ -217,7 +166,10 @@ class Sampler:
         return torch.cat(logits)
 
     def _step(self, rows: int, columns: int) -> None:
-        """`_decode`, on a GPU as a CUDA graph. A shape that comes for the first time is run, then captured."""
+        """`_decode`. On a GPU, a shape is run and captured when it comes first, and replayed from then on.
+
+        The CUDA lines were not run here.
+        """
         if self.policy.device.type != "cuda":
             self._decode(rows, columns)
         elif (rows, columns) in self.graphs:
@@ -230,8 +182,8 @@ class Sampler:
                 self._decode(rows, columns)
 
     def _decode(self, rows: int, columns: int) -> None:
-        """Feed the last token of every open response, and draw the next. Reads and writes nothing but `response` and
-        the cache, on the device alone."""
+        """Feed the last token of every open response, and draw the next one. All of it happens on the device: a graph
+        cannot repeat what Python decides."""
         now = self.turn
         slots = now.length[:rows].where(now.open[:rows], -1)  # (B, 1)
         logits = self._forward(now.token[:rows], slots, slice(0, rows), columns)
@@ -279,11 +231,9 @@ def _up(number: int, multiple: int) -> int:
 def sampling_weights(model: nn.Module, mixed_precision: str) -> Iterator[None]:
     """While this lasts, linear layers hold their weights in the type that mixed precision computes in.
 
-    Autocast casts the float32 weights of linear layers in every forward pass. For a decode step that moves three times
-    the bytes of the step itself. Here they are cast once. Autocast stays on for everything else, so the numbers are the
-    same. The copy takes 2 bytes a parameter.
-
-    mixed_precision: as Accelerate names it; nothing is done for "no".
+    Autocast casts their float32 weights in every forward pass, which costs a decode step more than its own work. Here
+    they are cast once, and the numbers are the same. The copy takes 2 bytes a parameter.  mixed_precision: as
+    Accelerate names it; nothing is done for "no".
     """
     dtype = {"bf16": torch.bfloat16, "fp16": torch.float16}.get(mixed_precision)
     if dtype is None:

@@ -45,6 +45,7 @@ from eval import enough_memory, evaluate, first_tasks, open_envs, require_steps,
 from policy import Dialogue, PolicyError, require_context
 from record import Modulation, Record, RecordError, episode_metrics, eval_metrics, step_metrics, update_metrics
 from rollout import dialogue, play_scripted, rollout
+from sampler import sampling_weights
 from sharding import gathered, whole
 from stopping import Stopped, StopRequest, play_together
 from tiny import TinyConfig, warm_start
@@ -251,7 +252,7 @@ def sample_round(config: TrainConfig, learner: Learner, envs: list[Env], first: 
         episodes = rollout(learner.policy, envs, tasks, seeds, temperature=config.temperature, **limits)
         return [(number, episodes[i * group : (i + 1) * group]) for i, number in enumerate(numbers)]
 
-    with gathered(learner.policy.model):
+    with gathered(learner.policy.model), sampling_weights(learner.policy.model, accelerator.mixed_precision):
         return [group for _, group in sorted(play_together(play), key=itemgetter(0))]
 
 

@@ -44,13 +44,16 @@ ALLOWED = {
     "config": {"empg", "envs", *WORLDS},
     "stopping": set(),
     "checkpoint": {"policy", "config", "empg", "envs", "episode", "scorer", "sharding", "update", *WORLDS},
-    "rollout": {"empg", "episode", "policy", "envs", *WORLDS},
+    "kv_cache": set(),
+    "sampler": {"empg", "policy", "kv_cache"},
+    "rollout": {"empg", "episode", "policy", "kv_cache", "sampler", "envs", *WORLDS},
     "scorer": {"policy"},
     "sharding": set(),
     "update": {"empg", "episode", "policy", "scorer", "sharding", "config", "envs", *WORLDS},
     "record": {"empg", "episode", "config", "envs", "figures", *WORLDS},
     "eval": {
-        *("empg", "episode", "policy", "envs", "config", "rollout", "record", "figures", "sharding", "stopping"),
+        *("empg", "episode", "policy", "envs", "config", "kv_cache", "sampler", "rollout", "record", "figures"),
+        *("sharding", "stopping"),
         *WORLDS,
     },
 } | dict.fromkeys(WORLDS, WORLDS)
@@ -60,7 +63,7 @@ def test_imports_run_one_way():
     order = list(TopologicalSorter(GRAPH).static_order())  # CycleError names the cycle
     assert set(order) == set(TREES)
     for program in ("train", "eval", "bench"):
-        assert {name for name in GRAPH if program in GRAPH[name]} <= {"train", "bench"} | PAPER
+        assert {name for name in GRAPH if program in GRAPH[name]} <= {"train", "bench", "bench_rollout"} | PAPER
     assert all(not GRAPH[name] & PAPER for name in TREES.keys() - PAPER)  # the pipeline does not know the study
 
 
