@@ -179,9 +179,8 @@ def measure_decode(load: Load, policy: Policy, repeats: int) -> dict:
     """
     tokens, model = load.step_tokens, policy.model
     columns = load.context - (repeats + 2) * tokens
-    sampler = Sampler(policy, 1.0, tokens, load.context)
     histories = torch.randint(100, 500, (load.episodes, columns)).tolist()
-    sampler.add(histories)
+    sampler = Sampler(policy, histories, 1.0, tokens, load.context)
     seconds = []
     for _ in range(repeats + 1):
         uniform = torch.rand(load.episodes, tokens, dtype=torch.float64)

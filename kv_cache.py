@@ -42,7 +42,7 @@ class SlotLayer(DynamicLayer):
         new[: used.shape[0], :, : used.shape[2]] = used
         return new
 
-    def place(self, first: int, rows: Tensor, columns: int) -> None:
-        """Make rows `first`, `first` + 1, ... copies of these rows (n,), as far as these columns."""
+    def keep(self, rows: Tensor, columns: int) -> None:
+        """Make the first rows copies of these (n,), as far as these columns."""
         for buffer in self.buffers:
-            buffer[first : first + len(rows), :, :columns] = buffer[rows, :, :columns]
+            buffer[: len(rows), :, :columns] = buffer[rows, :, :columns]

@@ -12,9 +12,8 @@ rank and with whatever limits it is played.
 
 import logging
 import random
-from collections import Counter, deque
+from collections import Counter
 from collections.abc import Callable
-from dataclasses import dataclass
 
 import numpy as np
 import torch
@@ -23,7 +22,7 @@ from tqdm import tqdm
 from envs import Env, Player, format_response, parse_response
 from episode import Episode, Step, Task
 from policy import Dialogue, Policy
-from sampler import Response, Sampler
+from sampler import Sampler
 
 # --------------------------------------------------------------------------------------------------------- episodes
 
@@ -49,97 +48,72 @@ def rollout(
     """
     policy.model.eval()
     limits = {"temperature": temperature, "max_step_tokens": max_step_tokens, "max_tokens": max_tokens}
-
-    def begin(number: int, env: Env) -> Episode:
-        episode = _reset(env, tasks[number])
-        episode.insert(policy.opening(env.instructions, [episode.prompt])[0])
-        episode.truncated |= len(episode.ids) > max_tokens - max_step_tokens
-        return episode
-
+    episodes = []
     with tqdm(total=len(tasks), desc=desc, unit="episode", leave=False, delay=2) as progress:
-        return play(policy, envs, begin, seeds, **limits, report=lambda done: progress.update(done - progress.n))
+        for first in range(0, len(tasks), len(envs)):
+            part = slice(first, first + len(envs))
+            begun = _start(policy, envs, tasks[part], max_tokens - max_step_tokens)
+            episodes += play_on(policy, envs, begun, seeds[part], **limits, finished=progress.update)
+    return episodes
 
 
-def play_on(
-    policy: Policy, envs: list[Env], episodes: list[Episode], seeds: list[tuple[int, ...]], **limits
-) -> list[Episode]:
-    """Play episodes that have begun to their end, and return them.
+def _start(policy: Policy, envs: list[Env], tasks: list[Task], limit: int) -> list[Episode]:
+    """Reset the environments: episodes that hold what comes before the first response.
 
-    episodes: each ends where the next response begins, and its environment is in that state.  limits: as in `play`.
+    limit: tokens that may stand before a response; an episode with more of them is truncated.
     """
-    return play(policy, envs, lambda number, env: episodes[number], seeds, **limits)
-
-
-@dataclass
-class Row:
-    """A row of the sampler's batch: an episode that is being played."""
-
-    env: Env
-    episode: Episode
-    uniform: np.ndarray  # (max_tokens,), the token at place j of the episode is drawn with number j
+    episodes = [_reset(env, task) for env, task in zip(envs, tasks, strict=False)]
+    openings = policy.opening(envs[0].instructions, [episode.prompt for episode in episodes])
+    for episode, ids in zip(episodes, openings, strict=True):
+        episode.insert(ids)
+        episode.truncated |= len(ids) > limit
+    return episodes
 
 
 @torch.inference_mode()
-def play(
+def play_on(
     policy: Policy,
     envs: list[Env],
-    begin: Callable[[int, Env], Episode],
+    episodes: list[Episode],
     seeds: list[tuple[int, ...]],
     *,
     temperature: float,
     max_step_tokens: int,
     max_tokens: int,
-    report: Callable[[int], object] = lambda done: None,
+    finished: Callable[[int], object] = lambda number: None,
 ) -> list[Episode]:
-    """The ReAct loop: play an episode for each of the seeds, as many at a time as there are environments.
+    """The ReAct loop: play episodes that have begun to their end, and return them. Those that are done leave the batch.
 
-    begin: puts an environment into the state in which episode number i begins, and returns that episode, which ends
-    where the next response begins. The first episodes take the environments in their order. Each later one takes an
-    environment whose episode is done.  report: is told after each turn how many episodes are done.  The rest is as in
-    `rollout`.
+    episodes: each ends where the next response begins, and its environment is in that state.  finished: called with the
+    number of episodes that are done since the last call.  The rest is as in `rollout`.
     """
-    sampler = Sampler(policy, temperature, max_step_tokens, max_tokens)
-    episodes, rows, free = [], [], deque(envs)
-    while rows or len(episodes) < len(seeds):
-        old = len(rows)
-        while free and len(episodes) < len(seeds):
-            env, uniform = free.popleft(), np.random.default_rng(list(seeds[len(episodes)])).random(max_tokens)
-            episodes.append(begin(len(episodes), env))
-            if episodes[-1].done:
-                free.append(env)
-            else:
-                rows.append(Row(env, episodes[-1], uniform))
-        if len(rows) > old:
-            sampler.add([row.episode.ids for row in rows[old:]])
-        if rows:
-            numbers = [row.uniform[len(row.episode.ids) :][:max_step_tokens] for row in rows]
-            responses = sampler.respond([row.episode.ids for row in rows], torch.from_numpy(np.stack(numbers)))
-            _observe(policy, rows, responses, max_tokens - max_step_tokens)
-        going = [i for i, row in enumerate(rows) if not row.episode.done]
-        free += [row.env for row in rows if row.episode.done]
-        rows = [rows[i] for i in going]
+    limit = max_tokens - max_step_tokens
+    # The token at place j of an episode is drawn with number j of its row.
+    uniform = np.stack([np.random.default_rng(list(seed)).random(max_tokens) for seed in seeds])  # (B, max_tokens)
+    live = [i for i, episode in enumerate(episodes) if not episode.done]
+    finished(len(episodes) - len(live))
+    if not live:
+        return episodes
+    sampler = Sampler(policy, [episodes[i].ids for i in live], temperature, max_step_tokens, max_tokens)
+    while live:
+        numbers = [uniform[i, len(episodes[i].ids) :][:max_step_tokens] for i in live]
+        responses = sampler.respond([episodes[i].ids for i in live], torch.from_numpy(np.stack(numbers)))
+        texts = policy.tokenizer.batch_decode([response.ids for response in responses], skip_special_tokens=True)
+        for i, (ids, logp, entropy), text in zip(live, responses, texts, strict=True):
+            episodes[i].append_sampled(ids, logp, entropy)
+            _step(episodes[i], envs[i], *parse_response(text), sum(entropy) / len(ids), len(ids))
+        turns = policy.turn([episodes[i].steps[-1].observation for i in live])
+        for episode, turn in zip((episodes[i] for i in live), turns, strict=True):
+            stopped = episode.ids[-1] == policy.stop_id
+            inserted = turn if stopped else [policy.stop_id, *turn]  # the response was cut off: close the turn for it
+            episode.truncated |= not episode.terminated and len(episode.ids) + len(inserted) > limit
+            if not episode.done:
+                episode.insert(inserted)
+        going = [row for row, i in enumerate(live) if not episodes[i].done]
+        finished(len(live) - len(going))
+        live = [live[row] for row in going]
         sampler.keep(going)
-        report(len(episodes) - len(rows))
     return episodes
-
-
-def _observe(policy: Policy, rows: list[Row], responses: list[Response], limit: int) -> None:
-    """Append each row's response, do its action, and insert what the environment answers.
-
-    limit: tokens that may stand before a response; an episode that would have more of them is truncated.
-    """
-    texts = policy.tokenizer.batch_decode([response.ids for response in responses], skip_special_tokens=True)
-    for row, response, text in zip(rows, responses, texts, strict=True):
-        row.episode.append_sampled(response.ids, response.logp, response.entropy)
-        number = len(response.ids)
-        _step(row.episode, row.env, *parse_response(text), sum(response.entropy) / number, number)
-    turns = policy.turn([row.episode.steps[-1].observation for row in rows])
-    for episode, turn in zip((row.episode for row in rows), turns, strict=True):
-        stopped = episode.ids[-1] == policy.stop_id
-        inserted = turn if stopped else [policy.stop_id, *turn]  # the response was cut off: close the turn for it
-        episode.truncated |= not episode.terminated and len(episode.ids) + len(inserted) > limit
-        if not episode.done:
-            episode.insert(inserted)
 
 
 def _reset(env: Env, task: Task) -> Episode:

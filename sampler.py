@@ -26,7 +26,7 @@ from policy import Policy, PolicyError
 
 # By device: rows and columns of a decode step are rounded up to multiples of the first two numbers. The third is the
 # number of tokens between two looks of the host at whether all responses have ended. A look makes a GPU wait.
-ROUNDING = {"cpu": (1, 1, 1), "cuda": (16, 256, 8)}
+ROUNDING = {"cpu": (1, 1, 1), "cuda": (16, 256, 4)}
 READ_AT_ONCE = 2**15  # tokens of one forward pass, padding included; it bounds the memory
 
 
@@ -75,46 +75,44 @@ class Response(NamedTuple):
 class Sampler:
     """Samples a response for every row of a batch, turn after turn, on one KV cache.
 
-    The batch is empty at first.  max_tokens: of a row; the cache takes no more.
+    openings: the ids that each row begins with. Equal ones are read once, except for their last id, which is left for
+    `respond`.  max_tokens: of a row; the cache takes no more.
     """
 
-    def __init__(self, policy: Policy, temperature: float, max_step_tokens: int, max_tokens: int):
+    def __init__(
+        self, policy: Policy, openings: list[list[int]], temperature: float, max_step_tokens: int, max_tokens: int
+    ):
         self.policy, self.temperature = policy, temperature
         self.max_step_tokens, self.max_tokens = max_step_tokens, max_tokens
         self.rounding = ROUNDING.get(policy.device.type, ROUNDING["cpu"])
         self.cache = DynamicCache(config=policy.model.config)
         self.cache.layers = [SlotLayer() for _ in self.cache.layers]
-        self.lengths: list[int] = []  # tokens that the model has read, of each row
-        self.capacity = (0, 0)  # rows and columns of the cache
         self.graphs: dict[tuple[int, int], torch.cuda.CUDAGraph] = {}  # of the decode steps of so many rows and columns
-
-    def add(self, openings: list[list[int]]) -> None:
-        """New rows that begin with these ids. Equal openings are read once. The last id is left for `respond`."""
+        self.turn = Turn(_up(len(openings), self.rounding[0]), max_step_tokens, policy.device)
         distinct = list(dict.fromkeys(tuple(ids[:-1]) for ids in openings))
-        first = len(self.lengths)
-        self._reserve(first + len(openings), max(map(len, distinct)))
-        self._read(first, distinct)
-        self.keep([first + distinct.index(tuple(ids[:-1])) for ids in openings], first)
+        self.lengths = [0] * len(distinct)  # tokens that the model has read, of each row
+        self.columns = 0  # of the cache
+        self._reserve(max(map(len, distinct)))
+        self._read(distinct)
+        self.keep([distinct.index(tuple(ids[:-1])) for ids in openings])
 
-    def keep(self, rows: list[int], first: int = 0) -> None:
-        """Make these the rows of the batch from `first` on; every other row behind `first` is dropped."""
+    def keep(self, rows: list[int]) -> None:
+        """Make these the rows of the batch; every other row is dropped."""
         lengths = [self.lengths[row] for row in rows]
-        if rows != list(range(first, first + len(rows))):
+        if rows != list(range(len(rows))):
             index = torch.tensor(rows, dtype=torch.long, device=self.policy.device)
             for layer in self.cache.layers:
-                layer.place(first, index, max(lengths, default=0))
-        self.lengths[first:] = lengths
+                layer.keep(index, max(lengths, default=0))
+        self.lengths = lengths
 
-    def _reserve(self, rows: int, columns: int) -> None:
+    def _reserve(self, columns: int) -> None:
         """Make room in the cache, twice the columns if they are full. Graphs that know its old place are dropped."""
-        rows, columns = _up(rows, self.rounding[0]), _up(columns, self.rounding[1])
-        if rows > self.capacity[0] or columns >= self.capacity[1]:
+        columns = _up(columns, self.rounding[1])
+        if columns >= self.columns:
             most = _up(self.max_tokens, self.rounding[1]) + 1  # one more for what belongs to no token
-            self.capacity = (max(rows, self.capacity[0]), max(min(2 * columns, most), self.capacity[1]))
-            self.turn = Turn(self.capacity[0], self.max_step_tokens, self.policy.device)
-            self.graphs = {}
+            self.columns, self.graphs = min(2 * columns, most), {}
             for layer in self.cache.layers:
-                layer.capacity = self.capacity
+                layer.capacity = (len(self.turn.ids), self.columns)
 
     def respond(self, histories: list[list[int]], uniform: Tensor) -> list[Response]:
         """Feed each row what it has not read of its history, and sample until the stop token or max_step_tokens.
@@ -125,8 +123,8 @@ class Sampler:
         rows, columns, look = self.rounding
         pending = [ids[length:] for ids, length in zip(histories, self.lengths, strict=True)]
         longest = max(map(len, histories))
-        self._reserve(len(pending), longest + self.max_step_tokens)
-        logits = self._read(0, pending)
+        self._reserve(longest + self.max_step_tokens)
+        logits = self._read(pending)
         self.turn.begin(self.lengths, uniform)
         self._draw(logits)
         for number in range(1, self.max_step_tokens):
@@ -147,14 +145,13 @@ class Sampler:
             raise PolicyError("the policy's logits are not finite: its weights are damaged, or training diverged")
         return Response(ids[:length], logp[:length], entropy[:length])
 
-    def _read(self, first: int, pending: list) -> Tensor:
-        """Feed rows `first`, `first` + 1, ... their pending ids; returns the logits (B, V) after the last of them."""
+    def _read(self, pending: list) -> Tensor:
+        """Feed each row its pending ids; returns the logits (B, V) after the last of them."""
         width, device, logits = max(map(len, pending)), self.policy.device, []
-        self.lengths += [0] * (first + len(pending) - len(self.lengths))
         at_once = max(1, READ_AT_ONCE // max(1, width))
-        for start in range(0, len(pending), at_once):
-            part, offset = pending[start : start + at_once], first + start
-            rows = slice(offset, offset + len(part))
+        for first in range(0, len(pending), at_once):
+            part = pending[first : first + at_once]
+            rows = slice(first, first + len(part))
             padding = [width - len(row) for row in part]  # on the left
             ids = torch.tensor(
                 [[0] * n + [*row] for n, row in zip(padding, part, strict=True)], device=device

@@ -2,7 +2,9 @@
 
 import math
 
+import pytest
 import torch
+from accelerate.state import AcceleratorState
 
 from bench_rollout import Load, measure_gpu
 
@@ -18,6 +20,16 @@ TINY = Load(
 )
 
 
+@pytest.fixture
+def no_precision_yet(monkeypatch):
+    """Accelerate allows one mixed precision in a process, and other tests have theirs."""
+    threads = torch.get_num_threads()
+    monkeypatch.setattr(AcceleratorState, "_shared_state", {})
+    yield
+    torch.set_num_threads(threads)
+
+
+@pytest.mark.usefixtures("no_precision_yet")
 def test_every_figure_of_the_gpu_is_measured():
     result = measure_gpu(TINY, repeats=1)
     assert result["turns an episode"] == 2

@@ -295,23 +295,6 @@ def test_logits_are_made_for_the_last_position_alone(house_policy):
     assert shapes == [(2, 1, len(house_policy.tokenizer))] * 5  # the openings, and two turns of two tokens
 
 
-def test_an_environment_whose_episode_is_done_takes_the_next_one():
-    """Environments waited for the longest episode of their batch."""
-
-    class Remembers(Toy):
-        def reset(self, split: str, seed: int) -> tuple[str, dict]:
-            played[id(self)] = [*played.get(id(self), []), seed]
-            return super().reset(split, seed)
-
-    played, scripts = {}, {0: [WIN], 1: [WAIT, WAIT, WIN], 2: [WIN], 3: [WIN]}
-    policy, envs = scripted(scripts), [Remembers(), Remembers()]
-    tasks = [Task("toy", "train", number) for number in scripts]
-    together = rollout(policy, envs, tasks, [(0,)] * 4, temperature=0)
-    assert [played[id(env)] for env in envs] == [[0, 2, 3], [1]]
-    assert [len(episode.steps) for episode in together] == [1, 3, 1, 1]
-    assert together == perform(policy)  # in the order of the tasks, as in one batch
-
-
 # ------------------------------------------------------------------------------------------------------------- limits
 
 

@@ -124,11 +124,11 @@ def test_a_decode_step_stays_in_its_place_in_memory_and_needs_nothing_of_the_hos
     decode, places, steps = Sampler._decode, {}, []
 
     def watched(self, rows, columns):
-        hidden = {name: self.__dict__.pop(name) for name in ("lengths", "capacity", "rounding")}
+        hidden = {name: self.__dict__.pop(name) for name in ("lengths", "columns", "rounding")}
         decode(self, rows, columns)
         self.__dict__ |= hidden
         tensors = [*vars(self.turn).values(), *(buffer for layer in self.cache.layers for buffer in layer.buffers)]
-        places.setdefault((self.capacity, rows, columns), set()).add(tuple(part.data_ptr() for part in tensors))
+        places.setdefault((self.columns, rows, columns), set()).add(tuple(part.data_ptr() for part in tensors))
         steps.append(rows)
 
     monkeypatch.setattr(Sampler, "_decode", watched)
