@@ -117,8 +117,8 @@ class Sampler:
     def respond(self, histories: list[list[int]], uniform: Tensor) -> list[Response]:
         """Feed each row what it has not read of its history, and sample until the stop token or max_step_tokens.
 
-        histories: all ids of each row.  uniform: (B, max_step_tokens) random numbers in [0, 1). The last id of a
-        response has not been fed yet. Raises PolicyError if the logits are not finite.
+        histories: all ids of each row; responses and observations belong to them.  uniform: (B, max_step_tokens) random
+        numbers in [0, 1).  Raises PolicyError if the logits are not finite.
         """
         rows, columns, look = self.rounding
         pending = [ids[length:] for ids, length in zip(histories, self.lengths, strict=True)]
@@ -146,16 +146,14 @@ class Sampler:
         return Response(ids[:length], logp[:length], entropy[:length])
 
     def _read(self, pending: list) -> Tensor:
-        """Feed each row its pending ids; returns the logits (B, V) after the last of them."""
+        """Feed each row its pending ids, padded to (B, n); returns the logits (B, V) after the last of them."""
         width, device, logits = max(map(len, pending)), self.policy.device, []
         at_once = max(1, READ_AT_ONCE // max(1, width))
         for first in range(0, len(pending), at_once):
             part = pending[first : first + at_once]
             rows = slice(first, first + len(part))
             padding = [width - len(row) for row in part]  # on the left
-            ids = torch.tensor(
-                [[0] * n + [*row] for n, row in zip(padding, part, strict=True)], device=device
-            )  # (B, n)
+            ids = torch.tensor([[0] * n + [*row] for n, row in zip(padding, part, strict=True)], device=device)
             number = torch.arange(width, device=device) - torch.tensor(padding, device=device)[:, None]
             slots = (torch.tensor(self.lengths[rows], device=device)[:, None] + number).where(number >= 0, -1)
             self.lengths[rows] = [length + len(row) for length, row in zip(self.lengths[rows], part, strict=True)]
