@@ -91,7 +91,8 @@ def full_weights(model: nn.Module) -> dict[str, Tensor] | None:
     """All weights by name, on the CPU of the main process, {} on the others; None if the model is not sharded."""
     if not isinstance(model, FSDPModule):
         return None
-    return get_model_state_dict(model, options=StateDictOptions(full_state_dict=True, cpu_offload=True))
+    weights = get_model_state_dict(model, options=StateDictOptions(full_state_dict=True, cpu_offload=True))
+    return {name: weight for name, weight in weights.items() if name not in model.all_tied_weights_keys}
 
 
 def save_shards(folder: Path, model: nn.Module, optimizer: AcceleratedOptimizer) -> Path | None:
