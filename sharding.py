@@ -59,9 +59,11 @@ def sharding_accelerator(**options) -> Accelerator:
 
 def prepare_frozen(accelerator: Accelerator, model: nn.Module) -> nn.Module:
     """The model, prepared as the policy is, but not for training."""
-    if accelerator.is_fsdp2:
-        return fsdp2_prepare_model(accelerator, model)
-    return accelerator.prepare_model(model, evaluation_mode=True)
+    if not accelerator.is_fsdp2:
+        return accelerator.prepare_model(model, evaluation_mode=True)
+    model = fsdp2_prepare_model(accelerator, model)
+    model.set_reshard_after_forward(True)  # lm_head, too: no backward pass comes that would drop its weights
+    return model
 
 
 def whole(value: Tensor) -> float:
