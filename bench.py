@@ -1,7 +1,7 @@
 """Where the time and the memory go: rollout against the usual generate loop, EMPG's share, log-prob and entropy.
 
     python bench.py                 everything, a few minutes on two cores; prints a table and writes bench.json
-    python bench.py --only memory   one part of rollout, empg, trl, memory, worlds
+    python bench.py --only memory   one part of rollout, empg, trl, memory, head, worlds
     python bench.py --only sampler  a model of 34 million random weights: the sampler against the generate loop
     python bench.py --only gpu      Qwen2.5-1.5B's shape on a GPU: the same, and shares of the machine's limits
     python bench.py --only trl      an iteration against TRL's own (pip install -r requirements-trl.txt)
@@ -34,6 +34,7 @@ from empg import group_advantages, modulate, spread, step_entropy, token_logp_an
 from envs import ENVIRONMENTS, make_envs
 from episode import Task, collate
 from eval import start_ranks
+from scorer import ScoringHead
 from train import first_policy, learn, prepare, train_task
 from update import Learner
 
@@ -42,14 +43,15 @@ from update import Learner
 class BenchConfig:
     """Measure speed and memory."""
 
-    only: Literal["all", "rollout", "empg", "trl", "memory", "worlds", "sampler", "gpu"] = field(
+    only: Literal["all", "rollout", "empg", "trl", "memory", "head", "worlds", "sampler", "gpu"] = field(
         default="all", metadata={"help": "part to measure; all: without sampler and gpu"}
     )
     policy: str = field(default="tiny", metadata={"help": "folder or hub id; tiny: the warm start of the default run"})
     environments: int = field(default=64, metadata={"help": "House worlds that are played at once"})
     repeats: int = field(default=5, metadata={"help": "measurements of each side, of which the median counts"})
     tokens: int = field(default=4096, metadata={"help": "memory: tokens"})
-    vocabulary: int = field(default=151_936, metadata={"help": "memory: size of the vocabulary; Qwen2.5's by default"})
+    head_tokens: int = field(default=8192, metadata={"help": "head: tokens; plain code takes 2 MiB for each"})
+    vocabulary: int = field(default=151_936, metadata={"help": "memory, head: size of the vocabulary; that of Qwen2.5"})
     threads: int = field(default=0, metadata={"help": "rollout, empg and trl: threads on the CPU; 0: all cores"})
     worlds: int = field(default=128, metadata={"help": "worlds: environments that take turns in one process"})
     data: str = field(default="", metadata={"help": "worlds: folder of ALFWorld games; default: ALFWorld is left out"})
@@ -208,6 +210,54 @@ def measure_memory(bench: BenchConfig) -> dict:
     return result
 
 
+# ------------------------------------------------------------------------------------------------------------ head
+
+
+def head_once(name: str, tokens: int, vocabulary: int, size: int = 1536) -> tuple[float, float]:
+    """Peak memory beyond weight and hidden states in bytes, and seconds, of the head's forward and backward pass; to be
+    called in a process of its own. size: of a hidden state; Qwen2.5-1.5B's by default."""
+    device, dtype = ("cuda", torch.bfloat16) if torch.cuda.is_available() else ("cpu", torch.float32)
+
+    def work(tokens: int, vocabulary: int) -> tuple[float, float]:
+        head = ScoringHead(size, vocabulary, bias=False, device=device, dtype=dtype)
+        hidden = torch.randn(tokens, size, device=device, dtype=dtype, requires_grad=True)
+        ids = torch.randint(vocabulary, (tokens,), device=device)
+
+        def step() -> None:
+            if name == "scorer":
+                logp = head(hidden, ids)[0]
+            else:
+                logp = head(hidden).float().log_softmax(-1).gather(-1, ids[:, None]).squeeze(-1)
+            logp.sum().backward()
+
+        before = peak_memory(device)
+        seconds, _ = clock(step)
+        return peak_memory(device) - before, seconds
+
+    work(8, 8)  # what only a first call loads is not counted
+    return work(tokens, vocabulary)
+
+
+def measure_head(bench: BenchConfig, config: TrainConfig, learner: Learner) -> dict:
+    """lm_head in an update: rows that it computes on House episodes, and memory and time against plain code."""
+    envs, rows = make_envs(config.env, config.settings, bench.environments), []
+    tasks = [Task(config.env, "train", seed // config.group_size) for seed in range(bench.environments)]
+    batch = collate(our_rollout(learner.policy, envs, tasks, config, 0), learner.policy.device)
+    learner.policy.model.lm_head.register_forward_hook(lambda head, args, output: rows.append(len(args[0])))
+    learn(config, learner, batch, 0)
+    result = {"lm_head rows over sampled tokens": sum(rows) / int(batch.mask.sum())}
+    runs = {"scorer": [], "plain": []}
+    for _ in range(min(3, bench.repeats)):
+        for name, measured in runs.items():
+            with multiprocessing.get_context("spawn").Pool(1) as pool:
+                measured.append(pool.apply(head_once, (name, bench.head_tokens, bench.vocabulary)))
+    for i, (what, unit) in enumerate((("memory, MiB", 2**20), ("seconds", 1))):
+        for name, measured in runs.items():
+            result[f"head, {name}: {what}"] = statistics.median(run[i] for run in measured) / unit
+        result[f"head: {what}, scorer over plain"] = result[f"head, scorer: {what}"] / result[f"head, plain: {what}"]
+    return result
+
+
 # ---------------------------------------------------------------------------------------------------------- worlds
 
 
@@ -243,13 +293,15 @@ def main() -> None:
     result = {}
     if bench.only in ("all", "worlds"):  # first: memory is counted from its highest point so far
         result |= measure_worlds(bench)
-    if bench.only in ("all", "rollout", "empg", "trl"):
+    if bench.only in ("all", "rollout", "empg", "trl", "head"):
         accelerator = start_ranks(bench.threads)
         learner, _ = prepare(config, accelerator, make_envs(config.env, config.settings, 1)[0])
         if bench.only in ("all", "rollout"):
             result |= measure_rollout(config, learner.policy, bench.environments, bench.repeats)
         if bench.only in ("all", "empg"):
             result |= measure_empg(bench, config, learner)
+        if bench.only in ("all", "head"):
+            result |= measure_head(bench, config, learner)
         if bench.only in ("all", "trl"):
             if importlib.util.find_spec("trl") is None:
                 print("the comparison with TRL is left out; it needs: pip install -r requirements-trl.txt")

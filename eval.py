@@ -49,6 +49,8 @@ def start_ranks(threads: int, fsdp: bool = False, **options) -> Accelerator:
 
     Ends the program if the launcher started others than there are ranks: each would do the whole work.
     """
+    if os.environ.get("ACCELERATE_USE_FSDP") == "true" and not fsdp:
+        raise SystemExit("this launcher's configuration shards models in its own way: use runs/accelerate, and --fsdp")
     # Without a GPU the ranks find each other only if they are told to stay on the CPU.
     options |= {"cpu": not torch.cuda.is_available(), "kwargs_handlers": [InitProcessGroupKwargs(timeout=PATIENCE)]}
     accelerator = sharding_accelerator(**options) if fsdp else Accelerator(**options)

@@ -59,9 +59,11 @@ def sharding_accelerator(**options) -> Accelerator:
 
 def prepare_frozen(accelerator: Accelerator, model: nn.Module) -> nn.Module:
     """The model, prepared as the policy is, but not for training."""
-    if accelerator.is_fsdp2:
-        return fsdp2_prepare_model(accelerator, model)
-    return accelerator.prepare_model(model, evaluation_mode=True)
+    if not accelerator.is_fsdp2:
+        return accelerator.prepare_model(model, evaluation_mode=True)
+    model = fsdp2_prepare_model(accelerator, model)
+    model.set_reshard_after_forward(True)  # lm_head, too: no backward pass comes that would drop its weights
+    return model
 
 
 def whole(value: Tensor) -> float:
@@ -91,7 +93,8 @@ def full_weights(model: nn.Module) -> dict[str, Tensor] | None:
     """All weights by name, on the CPU of the main process, {} on the others; None if the model is not sharded."""
     if not isinstance(model, FSDPModule):
         return None
-    return get_model_state_dict(model, options=StateDictOptions(full_state_dict=True, cpu_offload=True))
+    weights = get_model_state_dict(model, options=StateDictOptions(full_state_dict=True, cpu_offload=True))
+    return {name: weight for name, weight in weights.items() if name not in model.all_tied_weights_keys}
 
 
 def save_shards(folder: Path, model: nn.Module, optimizer: AcceleratedOptimizer) -> Path | None:

@@ -5,13 +5,14 @@
     accelerate launch train.py --policy Qwen/Qwen2.5-1.5B-Instruct   a real model
     accelerate launch train.py --resume                              go on where the run in --out stopped
     torchrun --nproc_per_node 2 train.py                             two processes, with or without GPUs
+    torchrun --nproc_per_node 2 train.py --fsdp                      each of them with half of the model
 
 An iteration has eight beats: 1, 7 and 8 in `train`, 2 to 4 in `assign_credit`, 5 and 6 in `learn`. Every rank samples
 its own groups and gets those of all ranks, so EMPG's statistics, the normalisers and the metrics are those of the whole
 batch. Only sampling, forward and backward are divided among the ranks.
 
 Differences from the papers: DAPO's length penalty counts the tokens of the whole episode, observations included.
-Not covered: models whose weights do not fit on one device.
+Not covered: models whose weights, in the type that they compute in, do not fit on one device.
 """
 
 from collections import defaultdict

@@ -39,7 +39,7 @@ def make_learner(config: TrainConfig, accelerator: Accelerator, path: str, first
     policy = load_policy(path)
     scoring(policy.model)
     if config.gradient_checkpointing:
-        policy.model.gradient_checkpointing_enable()
+        policy.model.activation_checkpointing_enable()
     optimizer = torch.optim.AdamW(policy.model.parameters(), lr=config.learning_rate, weight_decay=0.0)
     model, optimizer = accelerator.prepare(policy.model, optimizer)
     policy.model = accelerator.unwrap_model(model)
