@@ -12,6 +12,7 @@ import re
 import shutil
 from collections.abc import Callable
 from dataclasses import asdict
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -19,9 +20,11 @@ from tqdm import tqdm
 
 from config import TrainConfig
 from policy import Policy
+from sharding import full_weights, load_shards, save_shards
 from update import Learner
 
 CHECKSUMS = "sha256.json"
+SHARDS = "shards"  # the folder of a sharded model and its optimizer, within a checkpoint
 KEEP = 2  # the newest and the one before it
 FREE = {"iterations", "resume", "out", "cache", "eval_every", "checkpoint_every", "report_to", "batch_size", "threads"}
 
@@ -85,9 +88,11 @@ def save(config: TrainConfig, learner: Learner, state: dict) -> None:
     """The checkpoint of this iteration, unless it is saved already; all ranks call this together."""
     if state.get("saved") != state["iteration"]:
         state["saved"] = state["iteration"]
+        folder, model = checkpoint_path(Path(config.out), state["iteration"]), learner.policy.model
+        weights = full_weights(model)
+        shards = save_shards(folder.with_name(".shards.partial"), model, learner.optimizer)
         if learner.accelerator.is_main_process:
-            folder = checkpoint_path(Path(config.out), state["iteration"])
-            save_checkpoint(folder, learner.policy, learner.optimizer, state)
+            save_checkpoint(folder, learner.policy, learner.optimizer, state, weights, shards)
     learner.accelerator.wait_for_everyone()
 
 
@@ -98,20 +103,31 @@ def keep_best(config: TrainConfig, learner: Learner, state: dict) -> None:
     """
     if state["after"]["success"] > state.get("best", {"success": -1})["success"]:
         state["best"] = {"iteration": state["iteration"]} | state["after"]
+        weights = full_weights(learner.policy.model)
         if learner.accelerator.is_main_process:
-            write_folder(Path(config.out) / "best", learner.policy.save, state)
+            write_folder(Path(config.out) / "best", partial(learner.policy.save, weights=weights), state)
     learner.accelerator.wait_for_everyone()
 
 
-def save_checkpoint(folder: Path, policy: Policy, optimizer: torch.optim.Optimizer, state: dict) -> None:
+def save_checkpoint(
+    folder: Path,
+    policy: Policy,
+    optimizer: torch.optim.Optimizer,
+    state: dict,
+    weights: dict[str, torch.Tensor] | None = None,
+    shards: Path | None = None,
+) -> None:
     """Write a checkpoint, see `write_folder`. Older ones but KEEP are deleted.
 
-    state: what resuming needs beside weights and optimizer, JSON.
+    state: what resuming needs beside weights and optimizer, JSON.  weights, shards: of a sharded model (sharding.py).
     """
 
     def write(aside: Path) -> None:
-        policy.save(aside)
-        torch.save(optimizer.state_dict(), aside / "optimizer.pt")
+        policy.save(aside, weights)
+        if shards:
+            os.replace(shards, aside / SHARDS)
+        else:
+            torch.save(optimizer.state_dict(), aside / "optimizer.pt")
 
     write_folder(folder, write, state)
     # A newer one is here if it was damaged and passed over; it does not count.
@@ -169,6 +185,14 @@ def verify_checkpoint(folder: Path) -> None:
         if expected.get(name) != actual.get(name) or name not in actual:
             state = "missing" if name not in actual else "damaged" if name in expected else f"not in {CHECKSUMS}"
             raise CheckpointError(f"{folder} cannot be used: {name} is {state}")
+
+
+def restore(folder: Path, learner: Learner) -> None:
+    """Restore the optimizer of a learner whose policy was loaded from this checkpoint, in place."""
+    if (folder / SHARDS).exists():
+        load_shards(folder / SHARDS, learner.policy.model, learner.optimizer)
+    else:
+        load_optimizer(folder, learner.optimizer)
 
 
 def load_optimizer(folder: Path, optimizer: torch.optim.Optimizer) -> None:

@@ -11,6 +11,8 @@ as its training run played it, on the same tasks, with the same limits and rando
 
 import json
 import os
+from collections.abc import Iterator
+from contextlib import contextmanager, nullcontext
 from datetime import timedelta
 from operator import itemgetter
 from pathlib import Path
@@ -28,6 +30,8 @@ from episode import Episode, Task, save_episodes
 from policy import Policy, PolicyError, load_policy, require_context
 from record import RecordError, reporting, require_writable
 from rollout import play_scripted, rollout
+from sampler import sampling_weights
+from sharding import gathered, sharding_accelerator
 from stopping import play_together
 
 # How long a rank waits for another. One whose episodes are long may sample for an hour while the others wait, and NCCL
@@ -37,16 +41,19 @@ PATIENCE = timedelta(hours=4)
 # --------------------------------------------------------------------------------------------------------- playing
 
 
-def start_ranks(threads: int, **options) -> Accelerator:
+def start_ranks(threads: int, fsdp: bool = False, **options) -> Accelerator:
     """This process as one of the ranks that the launcher started; options go to Accelerator.
 
     threads: of this process on the CPU; 0 shares the cores among the ranks, where launchers leave one thread to each.
+    fsdp: models will be divided among the ranks.
 
     Ends the program if the launcher started others than there are ranks: each would do the whole work.
     """
+    if os.environ.get("ACCELERATE_USE_FSDP") == "true" and not fsdp:
+        raise SystemExit("this launcher's configuration shards models in its own way: use runs/accelerate, and --fsdp")
     # Without a GPU the ranks find each other only if they are told to stay on the CPU.
-    patience = InitProcessGroupKwargs(timeout=PATIENCE)
-    accelerator = Accelerator(cpu=not torch.cuda.is_available(), kwargs_handlers=[patience], **options)
+    options |= {"cpu": not torch.cuda.is_available(), "kwargs_handlers": [InitProcessGroupKwargs(timeout=PATIENCE)]}
+    accelerator = sharding_accelerator(**options) if fsdp else Accelerator(**options)
     launched = int(os.environ.get("WORLD_SIZE", 1))
     if accelerator.num_processes != launched:
         raise SystemExit(
@@ -56,6 +63,15 @@ def start_ranks(threads: int, **options) -> Accelerator:
     if accelerator.device.type == "cpu":
         torch.set_num_threads(threads or max(1, os.cpu_count() // accelerator.num_processes))
     return accelerator
+
+
+@contextmanager
+def enough_memory(work: str, advice: str) -> Iterator[None]:
+    """Ends the program with one line, which gives the advice, if the memory of the GPU runs out within."""
+    try:
+        yield
+    except torch.OutOfMemoryError as error:
+        raise SystemExit(f"out of GPU memory while {work}: {advice}") from error
 
 
 def open_envs(config: EvalConfig | TrainConfig, number: int, splits: list[str]) -> list[Env]:
@@ -85,6 +101,7 @@ def first_tasks(env: Env, name: str, split: str, number: int) -> list[Task]:
     return [Task(name, split, seed) for seed in range(number if size is None else min(number, size))]
 
 
+@enough_memory("sampling", "lower --batch_size")
 def evaluate(
     player: str | Policy, envs: list[Env], tasks: list[Task], config: EvalConfig | TrainConfig, accelerator: Accelerator
 ) -> list[Episode]:
@@ -101,10 +118,13 @@ def evaluate(
         else:
             seeds = [(config.seed, task.seed) for task in mine]
             limits = {"max_step_tokens": config.max_step_tokens, "max_tokens": config.max_tokens}
-            episodes = rollout(player, envs, mine, seeds, temperature=config.temperature, desc="evaluate", **limits)
+            with sampling_weights(player.model, accelerator.mixed_precision):
+                episodes = rollout(player, envs, mine, seeds, temperature=config.temperature, desc="evaluate", **limits)
         return list(zip(range(rank, len(tasks), ranks), episodes, strict=True))
 
-    return require_steps([episode for _, episode in sorted(play_together(play), key=itemgetter(0))])
+    with nullcontext() if isinstance(player, str) else gathered(player.model):
+        numbered = play_together(play)
+    return require_steps([episode for _, episode in sorted(numbered, key=itemgetter(0))])
 
 
 def require_steps(episodes: list[Episode]) -> list[Episode]:

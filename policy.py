@@ -10,8 +10,7 @@ Decisions about templates:
 - Qwen3's template writes an empty <think> block into the last response and drops the blocks of earlier ones. Here
   nothing is inserted: a block that the policy samples stays in the conversation, and one that it does not is not there.
 
-Not covered: models whose weights are sharded over several devices (FSDP, ZeRO-3); models with sliding-window or linear
-attention, which are refused (see `require_full_attention`).
+Not covered: ZeRO-3; models with sliding-window or linear attention, which are refused (see `require_full_attention`).
 """
 
 import json
@@ -59,9 +58,9 @@ class Policy:
     def device(self) -> torch.device:
         return self.model.device
 
-    def save(self, folder: Path) -> None:
-        """Write model and tokenizer so that `load_policy` reads them back."""
-        self.model.save_pretrained(folder)
+    def save(self, folder: Path, weights: dict[str, torch.Tensor] | None = None) -> None:
+        """Write model and tokenizer so that `load_policy` reads them back. weights: all of a sharded model."""
+        self.model.save_pretrained(folder, state_dict=weights)
         self.tokenizer.save_pretrained(folder)
 
     # ----------------------------------------------------------------------------------------- texts to token ids

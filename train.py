@@ -5,16 +5,16 @@
     accelerate launch train.py --policy Qwen/Qwen2.5-1.5B-Instruct   a real model
     accelerate launch train.py --resume                              go on where the run in --out stopped
     torchrun --nproc_per_node 2 train.py                             two processes, with or without GPUs
+    torchrun --nproc_per_node 2 train.py --fsdp                      each of them with half of the model
 
 An iteration has eight beats: 1, 7 and 8 in `train`, 2 to 4 in `assign_credit`, 5 and 6 in `learn`. Every rank samples
 its own groups and gets those of all ranks, so EMPG's statistics, the normalisers and the metrics are those of the whole
 batch. Only sampling, forward and backward are divided among the ranks.
 
 Differences from the papers: DAPO's length penalty counts the tokens of the whole episode, observations included.
-Not covered: models whose weights do not fit on one device.
+Not covered: models whose weights, in the type that they compute in, do not fit on one device.
 """
 
-import contextlib
 from collections import defaultdict
 from operator import itemgetter
 from pathlib import Path
@@ -26,7 +26,7 @@ from accelerate import Accelerator
 from accelerate.utils import broadcast_object_list
 from tqdm import tqdm
 
-from checkpoint import CheckpointError, checkpoint_path, keep_best, load_optimizer, run_position, save
+from checkpoint import CheckpointError, checkpoint_path, keep_best, restore, run_position, save
 from config import TrainConfig, parse_config
 from empg import (
     NORMALIZATIONS,
@@ -42,19 +42,23 @@ from empg import (
 )
 from envs import Env, careless_player, fingerprint
 from episode import Batch, Episode, Task, collate, save_episodes
-from eval import evaluate, first_tasks, open_envs, require_steps, start_ranks, summarize, table
+from eval import enough_memory, evaluate, first_tasks, open_envs, require_steps, start_ranks, summarize, table
 from policy import Dialogue, PolicyError, require_context
 from record import Modulation, Record, RecordError, episode_metrics, eval_metrics, step_metrics, update_metrics
 from rollout import dialogue, play_scripted, rollout
+from sampler import sampling_weights
+from sharding import gathered, whole
 from stopping import Stopped, StopRequest, lost_a_rank, play_together
 from tiny import TinyConfig, warm_start
 from update import (
     Learner,
     NotFiniteError,
+    gradient_sync,
     make_learner,
     micro_batch_loss,
     micro_batches,
     mini_batches,
+    recompute_old_logp,
     require_finite,
 )
 
@@ -62,7 +66,7 @@ from update import (
 def train(config: TrainConfig) -> None:
     """The whole run: prepare, iterate, report."""
     tracker = {} if config.report_to == "none" else {"log_with": config.report_to, "project_dir": config.out}
-    accelerator = start_ranks(config.threads, **tracker)
+    accelerator = start_ranks(config.threads, config.fsdp, **tracker)
     envs = open_envs(config, config.batch_size, ["train", config.held_out])
     record = Record(config, accelerator)
     learner, state = prepare(config, accelerator, envs[0])
@@ -120,7 +124,8 @@ def assign_credit(config: TrainConfig, batch: Batch) -> Modulation:
         reward = reward + soft_overlong_penalty(batch.length, limit=config.max_tokens, buffer=config.overlong_buffer)
     base = group_advantages(reward, config.group_size)  # (B,)
 
-    # 3 old log-probs and entropy were captured while sampling; the reference's log-probs come with the loss, in beat 5
+    # 3 entropy was captured while sampling, and so were the old log-probs, unless `learn` is to compute them again; the
+    #   reference's log-probs come with the loss, in beat 5
     entropy, valid = step_entropy(batch.token_entropy, batch.step_ids)  # (B, S), nats
 
     # 4 modulate by step entropy: A_final = A g(H_t) + zeta f(H_t+1), minus its mean over all steps
@@ -135,6 +140,7 @@ def assign_credit(config: TrainConfig, batch: Batch) -> Modulation:
     return Modulation(base, entropy, valid, norm_entropy, g, f, center(base[:, None] * g + config.zeta * f, valid))
 
 
+@enough_memory("learning", "lower --micro_batch_tokens, or set --gradient_checkpointing")
 def learn(config: TrainConfig, learner: Learner, batch: Batch, iteration: int) -> tuple[Modulation, dict[str, float]]:
     """The algorithm: from the episodes of an iteration, (B, L), to new weights.
 
@@ -142,17 +148,22 @@ def learn(config: TrainConfig, learner: Learner, batch: Batch, iteration: int) -
     Raises NotFiniteError instead of taking a bad step.
     """
     accelerator, sums = learner.accelerator, defaultdict(float)
+    # No dropout: old and new log-probs must be of the same policy. Only gradient checkpointing needs training mode.
+    learner.model.train(config.gradient_checkpointing)
 
     # 2 to 4
     modulation = assign_credit(config, batch)
     token_advantage = spread(modulation.advantage, batch.step_ids)  # (B, L)
+    if config.old_logp == "recompute":
+        batch, difference = recompute_old_logp(config, learner, batch)
+        sums |= difference
 
     # 5 micro-batches: loss, backward
     for rows in mini_batches(config, len(batch.ids), iteration):
         normalizer = loss_normalizer(batch.mask[rows], config.aggregation)  # of all ranks and micro-batches
-        parts, weight = micro_batches(config, accelerator, batch.length, rows)
-        for part in parts:
-            with contextlib.nullcontext() if part is parts[-1] else accelerator.no_sync(learner.model):
+        parts = micro_batches(config, accelerator, batch.length, rows)
+        for number, (part, weight) in enumerate(parts, 1):
+            with gradient_sync(learner, last=number == len(parts)):
                 loss, part_sums = micro_batch_loss(
                     config, learner, batch.select(part), token_advantage[part], normalizer
                 )
@@ -160,10 +171,13 @@ def learn(config: TrainConfig, learner: Learner, batch: Batch, iteration: int) -
                 accelerator.backward(weight * loss)
             for name, value in part_sums.items():
                 sums[name] += float(value) if weight else 0.0
+        # Up to the first step, sampler and trainer differ by rounding alone.
+        sums.setdefault("kl_rollout", sums["kl_old"])
+        sums.setdefault("rollout_tokens", sums["tokens"])
 
         # 6 clip and step
         grad_norm = accelerator.clip_grad_norm_(learner.model.parameters(), config.max_grad_norm)
-        sums["grad_norm"] += require_finite(float(grad_norm), rows)
+        sums["grad_norm"] += require_finite(whole(grad_norm), rows)
         learner.optimizer.step()
         learner.optimizer.zero_grad()
         sums["learning_rate"] += learner.optimizer.param_groups[0]["lr"]
@@ -188,7 +202,7 @@ def prepare(config: TrainConfig, accelerator: Accelerator, env: Env) -> tuple[Le
     learner = make_learner(config, accelerator, str(newest or first), first)
     require_context(learner.policy, config.max_tokens)
     if newest:
-        load_optimizer(newest, learner.optimizer)
+        restore(newest, learner)
     return learner, state
 
 
@@ -226,6 +240,7 @@ def train_task(config: TrainConfig, size: int | None, number: int) -> Task:
     return Task(config.env, "train", int(order[number % size]))
 
 
+@enough_memory("sampling", "lower --batch_size")
 def sample_round(config: TrainConfig, learner: Learner, envs: list[Env], first: int) -> list[list[Episode]]:
     """One group of G episodes for each of the tasks from number `first` on; every rank plays its share and gets all."""
     accelerator, size, group = learner.accelerator, envs[0].size("train"), config.group_size
@@ -238,7 +253,8 @@ def sample_round(config: TrainConfig, learner: Learner, envs: list[Env], first: 
         episodes = rollout(learner.policy, envs, tasks, seeds, temperature=config.temperature, **limits)
         return [(number, episodes[i * group : (i + 1) * group]) for i, number in enumerate(numbers)]
 
-    return [group for _, group in sorted(play_together(play), key=itemgetter(0))]
+    with gathered(learner.policy.model), sampling_weights(learner.policy.model, accelerator.mixed_precision):
+        return [group for _, group in sorted(play_together(play), key=itemgetter(0))]
 
 
 def sample_groups(
