@@ -1,0 +1,140 @@
+"""What a run will need, before it starts: memory of a process, tokens of an iteration, what would be loaded.
+
+    python train.py --dry_run 8 --policy Qwen/Qwen2.5-7B-Instruct ...     as one of eight processes
+
+No weights are loaded, only the model's configuration. Its parameters are counted on a model without storage. The other
+terms are products of its sizes; docs/scaling.md derives them, and tests/test_dryrun.py compares them with what PyTorch
+allocates.
+
+Not counted: the CUDA context (about 1 GB), buffers of communication, and fragmentation. Leave a tenth of the device free.
+"""
+
+import os
+from dataclasses import dataclass
+
+from accelerate import init_empty_weights
+from transformers import AutoConfig, AutoModelForCausalLM, PretrainedConfig
+
+from config import TrainConfig
+from policy import PolicyError, require_model
+from scorer import CHUNK_ELEMENTS
+from tiny import TinyConfig, tiny_model_config
+
+FREE = 0.1  # share of a device's memory that a run should leave free
+# Bytes that a layer keeps of a token for its backward pass, for each unit of width, MLP width, and width of the keys: in
+# float32, and in mixed precision, where the residual stream stays in float32.
+KEPT = {4: (32, 16, 8), 2: (30, 8, 4)}
+
+
+@dataclass(frozen=True)
+class Shape:
+    """The sizes of a model that its memory depends on."""
+
+    parameters: int  # weights shared by embedding and head count once
+    layers: int
+    width: int  # of the hidden states
+    inner: int  # of the MLP
+    keys: int  # width of the keys of a token in one layer, that of the values too
+    vocabulary: int
+
+
+def shape_of(config: PretrainedConfig) -> Shape:
+    """The sizes of the model that a transformers configuration describes."""
+    with init_empty_weights():
+        model = AutoModelForCausalLM.from_config(config)
+    head = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
+    return Shape(
+        parameters=sum(parameter.numel() for parameter in model.parameters()),
+        layers=config.num_hidden_layers,
+        width=config.hidden_size,
+        inner=config.intermediate_size,
+        keys=head * config.num_key_value_heads,
+        vocabulary=config.vocab_size,
+    )
+
+
+def memory(config: TrainConfig, shape: Shape, ranks: int, compute: int) -> dict[str, dict[str, float]]:
+    """Bytes that one of `ranks` processes takes: "always", and on top of it while "sampling" and in the "update".
+
+    compute: bytes of a number in matrix products: 4, or 2 in mixed precision. Weights, gradients and AdamW's two moments
+    are in float32. With --fsdp each process keeps its share of them.
+    """
+    own = 4 * shape.parameters / (ranks if config.fsdp else 1)  # one number in float32 for each parameter
+    whole = compute * shape.parameters  # the weights as matrix products take them
+    rows = min(config.batch_size, tasks_of_rank(config, ranks) * config.group_size)
+    tokens = max(config.micro_batch_tokens, config.max_tokens)  # an episode longer than the budget goes alone
+    layer = sum(a * b for a, b in zip(KEPT[compute], (shape.width, shape.inner, shape.keys), strict=True))
+    return {
+        "always": {"weights": own, "AdamW": 2 * own, "reference": own if config.kl_coef else 0},
+        "sampling": {
+            "weights to sample with": whole if config.fsdp or compute < 4 else 0,
+            "KV cache": 2 * shape.layers * shape.keys * compute * rows * config.max_tokens,
+            "logits of a token": rows
+            * shape.vocabulary
+            * (compute + 4 + 8 + 8),  # and in float32, and twice in float64
+        },
+        "update": {
+            "gradients": own,
+            # FSDP gathers a layer while the one before it computes; autocast keeps what it has cast.
+            "weights to compute with": 2 * whole / shape.layers if config.fsdp else whole if compute < 4 else 0,
+            # Gradient checkpointing keeps the input of each layer, in float32, and one layer in full.
+            "activations": tokens * (4 * shape.width * shape.layers + layer)
+            if config.gradient_checkpointing
+            else tokens * layer * shape.layers,
+            "head": 8 * CHUNK_ELEMENTS + (4 + compute) * shape.width * shape.vocabulary,  # logits; gradient of weights
+        },
+    }
+
+
+def tasks_of_rank(config: TrainConfig, ranks: int) -> int:
+    """Tasks of an iteration that the busiest rank plays."""
+    return -(-config.tasks_per_iteration // ranks)
+
+
+def dry_run(config: TrainConfig) -> str:
+    """What a run on config.dry_run processes would load, take and do. Ends the program if it does not fit.
+
+    Raises PolicyError if there is no configuration of the model.
+    """
+    ranks, precision = config.dry_run, os.environ.get("ACCELERATE_MIXED_PRECISION", "no")
+    compute = 2 if precision in ("bf16", "fp16") else 4
+    shape = shape_of(read_config(config.policy))
+    parts = memory(config, shape, ranks, compute)
+    episodes = config.tasks_per_iteration * config.group_size
+    sizes = f"{shape.layers} layers of width {shape.width:,}, vocabulary {shape.vocabulary:,}"
+    lines = [
+        f"policy      {config.policy}: {shape.parameters:,} parameters, {sizes}",
+        f"reference   {'the same' if config.kl_coef else 'none'}",
+        f"world       {' '.join([config.env, *config.settings])}",
+        f"processes   {ranks}, {'FSDP2' if config.fsdp else 'DDP' if ranks > 1 else 'alone'}, mixed precision {precision}",
+        f"iteration   {episodes} episodes of at most {config.max_tokens:,} tokens, {episodes * config.max_tokens:,} in all, "
+        f"{tasks_of_rank(config, ranks) * config.group_size * config.max_tokens:,} of one process; "
+        f"{config.epochs * config.mini_batches} optimizer steps",
+        f"run         {config.iterations} iterations, {config.iterations * episodes:,} episodes",
+        "",
+        "memory of one process, GB",
+    ]
+    for name, terms in parts.items():
+        lines += [f"  {name:10}{term:26}{size / 1e9:8.2f}" for term, size in terms.items() if size]
+    always, *others = (sum(terms.values()) / 1e9 for terms in parts.values())
+    most = always + max(others)
+    lines += [f"  {'at most':36}{most:8.2f}", ""]
+    if most > (1 - FREE) * config.gpu_memory:
+        advice = ["--gradient_checkpointing"] * (not config.gradient_checkpointing) + ["--fsdp"] * (not config.fsdp)
+        advice += ["a smaller --batch_size"] if others[0] > others[1] else ["a smaller --micro_batch_tokens"]
+        lines.append(
+            f"does not fit {config.gpu_memory:g} GB with a tenth left free; try {', '.join(advice)}, or more processes"
+        )
+        raise SystemExit("\n".join(lines))
+    return "\n".join([*lines, f"fits {config.gpu_memory:g} GB"])
+
+
+def read_config(policy: str) -> PretrainedConfig:
+    """The configuration of a folder, of a hub id, or of the tiny model. Raises PolicyError, in one line, without one."""
+    if policy == "tiny":
+        return tiny_model_config(TinyConfig(), TinyConfig.vocab_size)
+    try:
+        require_model(policy)
+        return AutoConfig.from_pretrained(policy)
+    except (OSError, ValueError) as error:
+        raise PolicyError(f"no configuration of a model at {policy!r}: {str(error).splitlines()[0]}") from error
