@@ -158,7 +158,12 @@ class TrainConfig(WorldConfig):
     learning_rate: float = field(default=4e-4, metadata={"help": "of AdamW"})
     epochs: int = field(default=1, metadata={"help": "passes over the episodes of an iteration"})
     mini_batches: int = field(default=2, metadata={"help": "optimizer steps of a pass"})
-    micro_batch_size: int = field(default=16, metadata={"help": "episodes of one forward and backward pass, per rank"})
+    micro_batch_tokens: int = field(
+        default=16384, metadata={"help": "tokens of one forward and backward pass, padding included, per rank"}
+    )
+    old_logp: Literal["captured", "recompute"] = field(
+        default="captured", metadata={"help": "old log-probs: the sampler's, or the trainer's before its first step"}
+    )
     max_grad_norm: float = field(default=1.0, metadata={"help": "gradients are scaled down to this norm"})
     gradient_checkpointing: bool = field(default=False, metadata={"help": "compute activations twice to save memory"})
     # the warm start of the tiny model
@@ -194,7 +199,7 @@ class TrainConfig(WorldConfig):
             raise ValueError(f"report_to {self.report_to} needs the package: pip install {self.report_to}")
 
     def _check_numbers(self) -> None:
-        counts = ("iterations", "tasks_per_iteration", "max_rounds", "epochs", "mini_batches", "micro_batch_size")
+        counts = ("iterations", "tasks_per_iteration", "max_rounds", "epochs", "mini_batches", "micro_batch_tokens")
         _require(
             self, *counts, "batch_size", "eval_tasks", "eval_every", "checkpoint_every", "max_step_tokens", least=1
         )

@@ -85,6 +85,7 @@ def update_metrics(sums: dict[str, float]) -> dict:
     total, steps = {name: sum(part[name] for part in parts) for name in sums}, sums["optimizer_steps"]
     row = {"policy/loss": total["loss"] / steps}  # a rank's loss is its share of the whole
     row |= {f"policy/{name}": sums[name] / steps for name in ("grad_norm", "learning_rate")}
+    row["policy/kl_rollout"] = total["kl_rollout"] / max(1, total["rollout_tokens"])
     by_token = [name for name in ("clip_low", "clip_high", "kl_old", "kl_ref") if name in sums]
     return row | {f"policy/{name}": total[name] / total["tokens"] for name in by_token}
 

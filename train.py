@@ -14,7 +14,6 @@ Differences from the papers: DAPO's length penalty counts the tokens of the whol
 Not covered: models whose weights do not fit on one device.
 """
 
-import contextlib
 from collections import defaultdict
 from operator import itemgetter
 from pathlib import Path
@@ -57,10 +56,12 @@ from tiny import TinyConfig, warm_start
 from update import (
     Learner,
     NotFiniteError,
+    gradient_sync,
     make_learner,
     micro_batch_loss,
     micro_batches,
     mini_batches,
+    recompute_old_logp,
     require_finite,
 )
 
@@ -124,7 +125,8 @@ def assign_credit(config: TrainConfig, batch: Batch) -> Modulation:
         reward = reward + soft_overlong_penalty(batch.length, limit=config.max_tokens, buffer=config.overlong_buffer)
     base = group_advantages(reward, config.group_size)  # (B,)
 
-    # 3 old log-probs and entropy were captured while sampling; the reference's log-probs come with the loss, in beat 5
+    # 3 entropy was captured while sampling, and so were the old log-probs, unless `learn` is to compute them again; the
+    #   reference's log-probs come with the loss, in beat 5
     entropy, valid = step_entropy(batch.token_entropy, batch.step_ids)  # (B, S), nats
 
     # 4 modulate by step entropy: A_final = A g(H_t) + zeta f(H_t+1), minus its mean over all steps
@@ -146,17 +148,22 @@ def learn(config: TrainConfig, learner: Learner, batch: Batch, iteration: int) -
     Raises NotFiniteError instead of taking a bad step.
     """
     accelerator, sums = learner.accelerator, defaultdict(float)
+    # No dropout: old and new log-probs must be of the same policy. Only gradient checkpointing needs training mode.
+    learner.model.train(config.gradient_checkpointing)
 
     # 2 to 4
     modulation = assign_credit(config, batch)
     token_advantage = spread(modulation.advantage, batch.step_ids)  # (B, L)
+    if config.old_logp == "recompute":
+        batch, difference = recompute_old_logp(config, learner, batch)
+        sums |= difference
 
     # 5 micro-batches: loss, backward
     for rows in mini_batches(config, len(batch.ids), iteration):
         normalizer = loss_normalizer(batch.mask[rows], config.aggregation)  # of all ranks and micro-batches
-        parts, weight = micro_batches(config, accelerator, batch.length, rows)
-        for part in parts:
-            with contextlib.nullcontext() if part is parts[-1] else accelerator.no_sync(learner.model):
+        parts = micro_batches(config, accelerator, batch.length, rows)
+        for number, (part, weight) in enumerate(parts, 1):
+            with gradient_sync(learner, last=number == len(parts)):
                 loss, part_sums = micro_batch_loss(
                     config, learner, batch.select(part), token_advantage[part], normalizer
                 )
@@ -164,6 +171,9 @@ def learn(config: TrainConfig, learner: Learner, batch: Batch, iteration: int) -
                 accelerator.backward(weight * loss)
             for name, value in part_sums.items():
                 sums[name] += float(value) if weight else 0.0
+        # Up to the first step, sampler and trainer differ by rounding alone.
+        sums.setdefault("kl_rollout", sums["kl_old"])
+        sums.setdefault("rollout_tokens", sums["tokens"])
 
         # 6 clip and step
         grad_norm = accelerator.clip_grad_norm_(learner.model.parameters(), config.max_grad_norm)

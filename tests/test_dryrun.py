@@ -137,13 +137,13 @@ def test_a_dry_run_reads_no_weights_and_names_what_it_would_load(large, monkeypa
 
 
 def test_a_model_that_does_not_fit_ends_the_dry_run_with_what_to_change(large):
-    with pytest.raises(SystemExit, match="does not fit 80 GB.*try --gradient_checkpointing, --fsdp"):
+    with pytest.raises(SystemExit, match=r"does not fit 80 GB.*try --gradient_checkpointing, --fsdp"):
         dryrun.dry_run(parse_config(TrainConfig, ["--policy", str(large), "--dry_run", "1"]))
 
 
 def test_a_dry_run_without_a_model_says_so(tmp_path):
     (tmp_path / "empty").mkdir()
-    with pytest.raises(PolicyError, match="no configuration of a model at .*empty"):
+    with pytest.raises(PolicyError, match=r"no configuration of a model at .*empty"):
         dryrun.dry_run(parse_config(TrainConfig, ["--policy", str(tmp_path / "empty"), "--dry_run", "1"]))
 
 

@@ -44,7 +44,8 @@ ALLOWED = {
     "config": {"empg", "envs", *WORLDS},
     "checkpoint": {"policy", "config", "empg", "envs", *WORLDS},
     "rollout": {"empg", "episode", "policy", "envs", *WORLDS},
-    "update": {"empg", "episode", "policy", "config", "envs", *WORLDS},
+    "scorer": {"policy"},
+    "update": {"empg", "episode", "policy", "scorer", "config", "envs", *WORLDS},
     "record": {"empg", "episode", "config", "envs", "figures", *WORLDS},
     "eval": {"empg", "episode", "policy", "envs", "config", "rollout", "record", "figures", *WORLDS},
 } | dict.fromkeys(WORLDS, WORLDS)

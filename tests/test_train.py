@@ -121,8 +121,8 @@ def test_micro_batches_do_not_change_the_update(run, monkeypatch):
     monkeypatch.setattr(torch.optim, "AdamW", lambda parameters, lr, weight_decay: torch.optim.SGD(parameters, lr=1.0))
     for aggregation in ("sequence", "token"):
         flags = {"iterations": 1, "aggregation": aggregation, "eval_tasks": 1}
-        one = run(f"one {aggregation}", micro_batch_size=1, **flags)
-        all_at_once = run(f"all {aggregation}", micro_batch_size=64, **flags)
+        one = run(f"one {aggregation}", micro_batch_tokens=1, **flags)
+        all_at_once = run(f"all {aggregation}", micro_batch_tokens=10**6, **flags)
         assert same_weights(one, all_at_once, atol=2e-6)
         assert rows(one)[1]["policy/loss"] == pytest.approx(rows(all_at_once)[1]["policy/loss"], abs=1e-6)
 
@@ -328,7 +328,7 @@ def test_what_is_logged_is_what_entered_the_loss_and_what_the_formulas_give(run,
 
     monkeypatch.setattr(train, "micro_batch_loss", spy)
     monkeypatch.setattr(train, "mini_batches", lambda config, episodes, iteration: [list(range(episodes))])
-    monkeypatch.setattr(train, "micro_batches", lambda config, accelerator, length, rows: ([rows], 1))
+    monkeypatch.setattr(train, "micro_batches", lambda config, accelerator, length, rows: [(rows, 1)])
     out = run(iterations=1, empg=empg)
     logged = rows(out)[1]
     ((batch, token_advantage, rate),) = seen
