@@ -108,6 +108,7 @@ class TrainConfig(WorldConfig):
     dry_run: int = field(
         default=0, metadata={"help": "say what a run on this many processes takes, load nothing, and end"}
     )
+    fsdp: bool = field(default=False, metadata={"help": "shard"})
     gpu_memory: float = field(default=80, metadata={"help": "of one device, GB; for --dry_run"})
     seed: int = field(default=0, metadata={"help": "of weights, tasks and sampling"})
     # the method

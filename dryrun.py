@@ -6,13 +6,14 @@ No weights are loaded, only the model's configuration. Its parameters are counte
 terms are products of its sizes; docs/scaling.md derives them, and tests/test_dryrun.py compares them with what PyTorch
 allocates.
 
-Not counted: the CUDA context (about 1 GB), buffers of communication, and fragmentation. Leave a tenth of the device free.
+Not counted: the CUDA context (about 1 GB), buffers of communication, and fragmentation. A run should leave a tenth of
+the device free.
 """
 
 import os
 from dataclasses import dataclass
 
-from accelerate import init_empty_weights
+import torch
 from transformers import AutoConfig, AutoModelForCausalLM, PretrainedConfig
 
 from config import TrainConfig
@@ -21,8 +22,8 @@ from scorer import CHUNK_ELEMENTS
 from tiny import TinyConfig, tiny_model_config
 
 FREE = 0.1  # share of a device's memory that a run should leave free
-# Bytes that a layer keeps of a token for its backward pass, for each unit of width, MLP width, and width of the keys: in
-# float32, and in mixed precision, where the residual stream stays in float32.
+# Bytes that a layer keeps of a token for its backward pass, for each unit of its width, of the MLP's and of the keys':
+# in float32, and in mixed precision, where the residual stream stays in float32.
 KEPT = {4: (32, 16, 8), 2: (30, 8, 4)}
 
 
@@ -40,7 +41,7 @@ class Shape:
 
 def shape_of(config: PretrainedConfig) -> Shape:
     """The sizes of the model that a transformers configuration describes."""
-    with init_empty_weights():
+    with torch.device("meta"):
         model = AutoModelForCausalLM.from_config(config)
     head = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
     return Shape(
@@ -56,8 +57,8 @@ def shape_of(config: PretrainedConfig) -> Shape:
 def memory(config: TrainConfig, shape: Shape, ranks: int, compute: int) -> dict[str, dict[str, float]]:
     """Bytes that one of `ranks` processes takes: "always", and on top of it while "sampling" and in the "update".
 
-    compute: bytes of a number in matrix products: 4, or 2 in mixed precision. Weights, gradients and AdamW's two moments
-    are in float32. With --fsdp each process keeps its share of them.
+    compute: bytes of a number in matrix products: 4, or 2 in mixed precision. Weights, gradients and the two moments of
+    AdamW are in float32. With --fsdp each process keeps its share of them.
     """
     own = 4 * shape.parameters / (ranks if config.fsdp else 1)  # one number in float32 for each parameter
     whole = compute * shape.parameters  # the weights as matrix products take them
@@ -100,16 +101,17 @@ def dry_run(config: TrainConfig) -> str:
     compute = 2 if precision in ("bf16", "fp16") else 4
     shape = shape_of(read_config(config.policy))
     parts = memory(config, shape, ranks, compute)
-    episodes = config.tasks_per_iteration * config.group_size
+    episodes, longest = config.tasks_per_iteration * config.group_size, config.max_tokens
+    own = tasks_of_rank(config, ranks) * config.group_size
+    kind = "FSDP2" if config.fsdp else "DDP" if ranks > 1 else "no other"
     sizes = f"{shape.layers} layers of width {shape.width:,}, vocabulary {shape.vocabulary:,}"
     lines = [
         f"policy      {config.policy}: {shape.parameters:,} parameters, {sizes}",
         f"reference   {'the same' if config.kl_coef else 'none'}",
         f"world       {' '.join([config.env, *config.settings])}",
-        f"processes   {ranks}, {'FSDP2' if config.fsdp else 'DDP' if ranks > 1 else 'alone'}, mixed precision {precision}",
-        f"iteration   {episodes} episodes of at most {config.max_tokens:,} tokens, {episodes * config.max_tokens:,} in all, "
-        f"{tasks_of_rank(config, ranks) * config.group_size * config.max_tokens:,} of one process; "
-        f"{config.epochs * config.mini_batches} optimizer steps",
+        f"processes   {ranks}, {kind}, mixed precision {precision}",
+        f"iteration   {episodes} episodes of at most {longest:,} tokens, {episodes * longest:,} in all, "
+        f"{own * longest:,} of one process; {config.epochs * config.mini_batches} optimizer steps",
         f"run         {config.iterations} iterations, {config.iterations * episodes:,} episodes",
         "",
         "memory of one process, GB",
@@ -130,7 +132,7 @@ def dry_run(config: TrainConfig) -> str:
 
 
 def read_config(policy: str) -> PretrainedConfig:
-    """The configuration of a folder, of a hub id, or of the tiny model. Raises PolicyError, in one line, without one."""
+    """The configuration of a folder, of a hub id, or of the tiny model. Raises PolicyError if there is none."""
     if policy == "tiny":
         return tiny_model_config(TinyConfig(), TinyConfig.vocab_size)
     try:

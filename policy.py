@@ -127,7 +127,7 @@ def _without_added_tokens(tokenizer: PreTrainedTokenizerFast) -> Tokenizer:
 def load_policy(path: str, dtype: torch.dtype = torch.float32) -> Policy:
     """A policy from a folder or a hub id. Raises PolicyError, in one line, if there is none or it cannot be used."""
     try:
-        _require_model(path)
+        require_model(path)
         # Not AutoTokenizer: for some model types, Qwen2 among them, it replaces the saved pre-tokenizer by that of the
         # family. A tiny Qwen2 with a tokenizer of its own then reads ids that it was never trained on.
         tokenizer = PreTrainedTokenizerFast.from_pretrained(path)
@@ -151,7 +151,7 @@ def require_full_attention(config) -> None:
         raise ValueError(f"only models with full attention in every layer are supported, this one has {names}")
 
 
-def _require_model(path: str) -> None:
+def require_model(path: str) -> None:
     """Raises OSError if there is neither a folder nor a cached or reachable model of that name."""
     if Path(path).is_dir():
         return

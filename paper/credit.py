@@ -177,12 +177,8 @@ def gradient_products(
         place = part.step_ids.clamp(min=0) + torch.from_numpy(first_step[rows])[:, None]  # (G, L)
         of_method = []
         for number, advantage in enumerate(given, 1):
-<<<<<<< HEAD
             values = -logp * advantage[place.clamp(max=given.shape[1] - 1)]
-            loss = aggregate(values, mask, config.aggregation, normalizer)
-=======
-            loss = aggregate(-logp * advantage[place.clamp(max=given.shape[1] - 1)], part.mask, config.aggregation)
->>>>>>> scale_a
+            loss = aggregate(values, part.mask, config.aggregation, normalizer)
             grads = torch.autograd.grad(loss, parameters, retain_graph=number < len(given))
             of_method.append(torch.cat([grad.flatten() for grad in grads]))
         gradients.append(torch.stack(of_method))
