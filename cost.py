@@ -1,9 +1,9 @@
-"""What a run will need, before it starts: memory of a process, tokens of an iteration, what would be loaded.
+"""What a run costs, on paper: memory of a process, seconds of an iteration; and --dry_run, which says it beforehand.
 
     python train.py --dry_run 8 --policy Qwen/Qwen2.5-7B-Instruct ...     as one of eight processes
 
 No weights are loaded, only the model's configuration. Its parameters are counted on a model without storage. The other
-terms are products of its sizes; docs/scaling.md derives them, and tests/test_dryrun.py compares them with what PyTorch
+terms are products of its sizes; docs/scaling.md derives them, and tests/test_cost.py compares them with what PyTorch
 allocates.
 
 Not counted: the CUDA context (about 1 GB), buffers of communication, and fragmentation. A run should leave a tenth of
@@ -84,6 +84,62 @@ def memory(config: TrainConfig, shape: Shape, ranks: int, compute: int) -> dict[
             else tokens * layer * shape.layers,
             "head": 8 * CHUNK_ELEMENTS + (4 + compute) * shape.width * shape.vocabulary,  # logits; gradient of weights
         },
+    }
+
+
+@dataclass(frozen=True)
+class Work:
+    """What one process does in an iteration: episodes of equal length, sampled side by side, then learnt from."""
+
+    episodes: int
+    turns: int
+    sampled: int  # tokens of a response
+    inserted: int  # tokens between two responses: observation and template
+
+    @property
+    def length(self) -> int:
+        """Tokens of an episode."""
+        return self.turns * (self.sampled + self.inserted)
+
+
+@dataclass(frozen=True)
+class Machine:
+    """What a process has to work with. docs/scaling.md says where the numbers come from."""
+
+    layer: float  # seconds that one layer of one forward pass takes beside its arithmetic: launching, small operations
+    decode: float  # FLOP a second while sampling, one token a row
+    update: float  # FLOP a second in long sequences: reading observations, forward and backward passes
+    bandwidth: float = float("inf")  # bytes a second from memory
+    link: float = float("inf")  # bytes a second to the other processes
+    compute: int = 4  # bytes of a number in matrix products
+
+
+def seconds(shape: Shape, work: Work, machine: Machine, config: TrainConfig, ranks: int = 1) -> dict[str, float]:
+    """Seconds of an iteration by part: "decode", "read", "update", "communicate"; evaluation and environments not counted.
+
+    A matrix of n weights costs 2n FLOP a token forward and 4n backward; gradient checkpointing adds another forward. The
+    head scores sampled tokens alone, and computes its logits twice. A decode step reads all weights and the cache, so it
+    takes the longer of the two: arithmetic or memory.
+    """
+    head = shape.width * shape.vocabulary
+    body = shape.parameters - head  # an untied embedding is looked up, not multiplied
+    sampled, steps = work.episodes * work.turns * work.sampled, work.turns * work.sampled
+    cache = shape.layers * 2 * shape.keys * machine.compute * work.episodes * work.length / 2  # half full on average
+    arithmetic = 2 * (body + head) * work.episodes / machine.decode
+    moved = (machine.compute * (body + head) + cache) / machine.bandwidth
+    attention = 2 * shape.layers * shape.width * work.length**2  # FLOP of an episode, forward, causal
+    passes = 4 if config.gradient_checkpointing else 3  # in units of a forward pass
+    update = passes * (2 * body * work.length + attention) * work.episodes + 8 * head * sampled
+    optimizer_steps = config.epochs * config.mini_batches
+    batches = max(1, work.episodes * work.length // config.micro_batch_tokens)
+    # FSDP gathers the weights for each forward and each backward pass, and scatters gradients; DDP adds gradients up.
+    traffic = batches * (2 * machine.compute + 4) if config.fsdp else optimizer_steps * 2 * 4
+    return {
+        "decode": steps * (shape.layers * machine.layer + max(arithmetic, moved)),
+        "read": work.turns * shape.layers * machine.layer
+        + 2 * body * work.episodes * work.turns * work.inserted / machine.update,
+        "update": config.epochs * (update / machine.update + batches * passes * shape.layers * machine.layer),
+        "communicate": shape.parameters * traffic * (ranks - 1) / ranks / machine.link,
     }
 
 

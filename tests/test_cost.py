@@ -10,7 +10,7 @@ import torch
 from accelerate import Accelerator
 from transformers import AutoModelForCausalLM, LlamaConfig, Qwen2Config
 
-import dryrun
+import cost
 from config import TrainConfig, parse_config
 from policy import PolicyError
 from update import make_learner
@@ -44,7 +44,7 @@ def model_config(kind: type, width: int, inner: int, layers: int, heads: int, kv
 
 @pytest.mark.parametrize(("billions", "kind", "sizes"), PUBLISHED.values(), ids=PUBLISHED)
 def test_parameters_are_those_of_the_models_cards(billions, kind, sizes):
-    shape = dryrun.shape_of(model_config(kind, *sizes))
+    shape = cost.shape_of(model_config(kind, *sizes))
     assert shape.parameters / 1e9 == pytest.approx(billions, rel=0.01)
 
 
@@ -76,10 +76,10 @@ def kept(layers: int, compute: int, checkpointing: bool, tokens: int = 192) -> i
 @pytest.mark.parametrize("checkpointing", [False, True])
 def test_activations_of_a_layer_are_what_pytorch_keeps(compute, checkpointing):
     of_a_layer = (kept(4, compute, checkpointing) - kept(2, compute, checkpointing)) / 2
-    shape = dryrun.Shape(parameters=0, layers=1, width=256, inner=640, keys=128, vocabulary=0)
+    shape = cost.Shape(parameters=0, layers=1, width=256, inner=640, keys=128, vocabulary=0)
     settings = TrainConfig(gradient_checkpointing=checkpointing, micro_batch_tokens=10**6, max_tokens=10**6)
     one, two = (
-        dryrun.memory(settings, replace(shape, layers=layers), 1, compute)["update"]["activations"] / 10**6
+        cost.memory(settings, replace(shape, layers=layers), 1, compute)["update"]["activations"] / 10**6
         for layers in (1, 2)
     )
     assert of_a_layer == pytest.approx(two - one, rel=0.01)
@@ -95,7 +95,7 @@ def test_weights_gradients_and_moments_are_what_a_learner_allocates(house_policy
     learner.optimizer.step()
     size = lambda tensors: sum(tensor.numel() * tensor.element_size() for tensor in tensors)  # noqa: E731
     moments = [part[name] for part in learner.optimizer.state.values() for name in ("exp_avg", "exp_avg_sq")]
-    always = dryrun.memory(settings, dryrun.shape_of(model.config), 1, 4)["always"]
+    always = cost.memory(settings, cost.shape_of(model.config), 1, 4)["always"]
     assert always == {
         "weights": size(model.parameters()),
         "AdamW": size(moments),
@@ -104,17 +104,17 @@ def test_weights_gradients_and_moments_are_what_a_learner_allocates(house_policy
 
 
 def test_processes_share_weights_with_fsdp_and_tasks_always():
-    shape = dryrun.shape_of(model_config(Qwen2Config, 64, 192, 4, 4, 2, 1000, True))
+    shape = cost.shape_of(model_config(Qwen2Config, 64, 192, 4, 4, 2, 1000, True))
     plain = TrainConfig(kl_coef=0.1, tasks_per_iteration=6, group_size=4)
-    one, three = (dryrun.memory(plain, shape, ranks, 2) for ranks in (1, 3))
+    one, three = (cost.memory(plain, shape, ranks, 2) for ranks in (1, 3))
     assert one["always"] == three["always"]
     assert three["sampling"]["KV cache"] == one["sampling"]["KV cache"] / 3
-    assert dryrun.tasks_of_rank(plain, 4) == 2  # the busiest of four
-    sharded = dryrun.memory(replace(plain, fsdp=True), shape, 3, 2)
+    assert cost.tasks_of_rank(plain, 4) == 2  # the busiest of four
+    sharded = cost.memory(replace(plain, fsdp=True), shape, 3, 2)
     assert sharded["always"]["AdamW"] == one["always"]["AdamW"] / 3
     assert sharded["update"]["gradients"] == one["update"]["gradients"] / 3
     assert sharded["sampling"]["weights to sample with"] == 2 * shape.parameters  # whole, on every rank
-    assert dryrun.memory(replace(plain, kl_coef=0.0), shape, 1, 2)["always"]["reference"] == 0
+    assert cost.memory(replace(plain, kl_coef=0.0), shape, 1, 2)["always"]["reference"] == 0
 
 
 # ---------------------------------------------------------------------------------------------------------- the command
@@ -130,7 +130,7 @@ def large(tmp_path) -> Path:
 def test_a_dry_run_reads_no_weights_and_names_what_it_would_load(large, monkeypatch):
     monkeypatch.setenv("ACCELERATE_MIXED_PRECISION", "bf16")
     flags = ["--policy", str(large), "--dry_run", "8", "--fsdp", "--gradient_checkpointing", "--kl_coef", "0.01"]
-    text = dryrun.dry_run(parse_config(TrainConfig, flags))
+    text = cost.dry_run(parse_config(TrainConfig, flags))
     for line in ("7,615,616,512 parameters", "8, FSDP2, mixed precision bf16", "64 episodes of at most 1,024 tokens"):
         assert line in text
     assert "fits 80 GB" in text
@@ -138,17 +138,17 @@ def test_a_dry_run_reads_no_weights_and_names_what_it_would_load(large, monkeypa
 
 def test_a_model_that_does_not_fit_ends_the_dry_run_with_what_to_change(large):
     with pytest.raises(SystemExit, match=r"does not fit 80 GB.*try --gradient_checkpointing, --fsdp"):
-        dryrun.dry_run(parse_config(TrainConfig, ["--policy", str(large), "--dry_run", "1"]))
+        cost.dry_run(parse_config(TrainConfig, ["--policy", str(large), "--dry_run", "1"]))
 
 
 def test_a_dry_run_without_a_model_says_so(tmp_path):
     (tmp_path / "empty").mkdir()
     with pytest.raises(PolicyError, match=r"no configuration of a model at .*empty"):
-        dryrun.dry_run(parse_config(TrainConfig, ["--policy", str(tmp_path / "empty"), "--dry_run", "1"]))
+        cost.dry_run(parse_config(TrainConfig, ["--policy", str(tmp_path / "empty"), "--dry_run", "1"]))
 
 
 def test_a_dry_run_of_the_tiny_model_says_its_sizes():
-    assert "2 layers of width 64, vocabulary 1,024" in dryrun.dry_run(parse_config(TrainConfig, ["--dry_run", "1"]))
+    assert "2 layers of width 64, vocabulary 1,024" in cost.dry_run(parse_config(TrainConfig, ["--dry_run", "1"]))
 
 
 # ---------------------------------------------------------------------------------------------------------- the presets
@@ -191,7 +191,7 @@ def test_a_preset_fits_its_gpus_and_has_the_published_settings(world, model, pol
     for method, flags in METHODS.items():
         given = flags_of(world, model, *flags, "--dry_run", str(ranks), POLICY=str(tmp_path))
         config = parse_config(TrainConfig, given)
-        assert "fits" in dryrun.dry_run(config)
+        assert "fits" in cost.dry_run(config)
         assert (config.algorithm, config.empg) == (method.split()[0].lower(), "EMPG" in method)
         assert (config.learning_rate, config.iterations, config.group_size, config.example) == (1e-6, 150, 8, True)
         steps = {"alfworld": "max_steps=50", "webshop": "max_steps=15", "search": "max_steps=4"}
