@@ -32,6 +32,7 @@ class Shape:
     """The sizes of a model that its memory depends on."""
 
     parameters: int  # weights shared by embedding and head count once
+    body: int  # those of the layers: without embedding and head
     layers: int
     width: int  # of the hidden states
     inner: int  # of the MLP
@@ -44,8 +45,10 @@ def shape_of(config: PretrainedConfig) -> Shape:
     with torch.device("meta"):
         model = AutoModelForCausalLM.from_config(config)
     head = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
+    count = lambda part: sum(parameter.numel() for parameter in part.parameters())  # noqa: E731
     return Shape(
-        parameters=sum(parameter.numel() for parameter in model.parameters()),
+        parameters=count(model),
+        body=count(model.base_model) - count(model.get_input_embeddings()),
         layers=config.num_hidden_layers,
         width=config.hidden_size,
         inner=config.intermediate_size,
@@ -115,21 +118,20 @@ class Machine:
 
 
 def seconds(shape: Shape, work: Work, machine: Machine, config: TrainConfig, ranks: int = 1) -> dict[str, float]:
-    """Seconds of an iteration by part: "decode", "read", "update", "communicate"; evaluation and environments not counted.
+    """Seconds of an iteration by part: "decode", "read", "update", "communicate"; environments are not counted.
 
-    A matrix of n weights costs 2n FLOP a token forward and 4n backward; gradient checkpointing adds another forward. The
-    head scores sampled tokens alone, and computes its logits twice. A decode step reads all weights and the cache, so it
-    takes the longer of the two: arithmetic or memory.
+    A matrix of n weights costs 2n FLOP a token forward and 4n backward; gradient checkpointing adds another forward
+    pass. The head scores the sampled tokens alone, and computes its logits twice. A decode step reads all weights and
+    the cache, so it takes as long as its arithmetic or its memory, whichever is longer.
     """
     head = shape.width * shape.vocabulary
-    body = shape.parameters - head  # an untied embedding is looked up, not multiplied
     sampled, steps = work.episodes * work.turns * work.sampled, work.turns * work.sampled
     cache = shape.layers * 2 * shape.keys * machine.compute * work.episodes * work.length / 2  # half full on average
-    arithmetic = 2 * (body + head) * work.episodes / machine.decode
-    moved = (machine.compute * (body + head) + cache) / machine.bandwidth
+    arithmetic = 2 * (shape.body + head) * work.episodes / machine.decode
+    moved = (machine.compute * (shape.body + head) + cache) / machine.bandwidth
     attention = 2 * shape.layers * shape.width * work.length**2  # FLOP of an episode, forward, causal
     passes = 4 if config.gradient_checkpointing else 3  # in units of a forward pass
-    update = passes * (2 * body * work.length + attention) * work.episodes + 8 * head * sampled
+    update = passes * (2 * shape.body * work.length + attention) * work.episodes + 8 * head * sampled
     optimizer_steps = config.epochs * config.mini_batches
     batches = max(1, work.episodes * work.length // config.micro_batch_tokens)
     # FSDP gathers the weights for each forward and each backward pass, and scatters gradients; DDP adds gradients up.
@@ -137,7 +139,7 @@ def seconds(shape: Shape, work: Work, machine: Machine, config: TrainConfig, ran
     return {
         "decode": steps * (shape.layers * machine.layer + max(arithmetic, moved)),
         "read": work.turns * shape.layers * machine.layer
-        + 2 * body * work.episodes * work.turns * work.inserted / machine.update,
+        + 2 * shape.body * work.episodes * work.turns * work.inserted / machine.update,
         "update": config.epochs * (update / machine.update + batches * passes * shape.layers * machine.layer),
         "communicate": shape.parameters * traffic * (ranks - 1) / ranks / machine.link,
     }

@@ -8,11 +8,13 @@ from pathlib import Path
 import pytest
 import torch
 from accelerate import Accelerator
+from torch.utils.flop_counter import FlopCounterMode
 from transformers import AutoModelForCausalLM, LlamaConfig, Qwen2Config
 
 import cost
 from config import TrainConfig, parse_config
 from policy import PolicyError
+from scorer import scoring
 from update import make_learner
 
 ROOT = Path(__file__).parents[1]
@@ -76,7 +78,7 @@ def kept(layers: int, compute: int, checkpointing: bool, tokens: int = 192) -> i
 @pytest.mark.parametrize("checkpointing", [False, True])
 def test_activations_of_a_layer_are_what_pytorch_keeps(compute, checkpointing):
     of_a_layer = (kept(4, compute, checkpointing) - kept(2, compute, checkpointing)) / 2
-    shape = cost.Shape(parameters=0, layers=1, width=256, inner=640, keys=128, vocabulary=0)
+    shape = cost.Shape(parameters=0, body=0, layers=1, width=256, inner=640, keys=128, vocabulary=0)
     settings = TrainConfig(gradient_checkpointing=checkpointing, micro_batch_tokens=10**6, max_tokens=10**6)
     one, two = (
         cost.memory(settings, replace(shape, layers=layers), 1, compute)["update"]["activations"] / 10**6
@@ -115,6 +117,34 @@ def test_processes_share_weights_with_fsdp_and_tasks_always():
     assert sharded["update"]["gradients"] == one["update"]["gradients"] / 3
     assert sharded["sampling"]["weights to sample with"] == 2 * shape.parameters  # whole, on every rank
     assert cost.memory(replace(plain, kl_coef=0.0), shape, 1, 2)["always"]["reference"] == 0
+
+
+def test_arithmetic_of_an_update_is_what_pytorch_counts():
+    """FLOP of forward and backward passes by PyTorch's own counter, on a model whose attention is small."""
+    config = model_config(Qwen2Config, 128, 384, 3, 4, 2, 512, True)
+    model = scoring(AutoModelForCausalLM.from_config(config, dtype=torch.float32, attn_implementation="eager"))
+    ids, sampled = torch.randint(512, (2, 48)), torch.arange(48) % 4 > 1  # half of the tokens
+    with FlopCounterMode(display=False) as counter:
+        logp, _ = model(input_ids=ids, sampled=sampled.expand(2, 48))
+        logp.sum().backward()
+    work = cost.Work(episodes=2, turns=12, sampled=2, inserted=2)
+    machine = cost.Machine(layer=0, decode=1, update=1)
+    parts = cost.seconds(cost.shape_of(config), work, machine, TrainConfig())
+    assert parts["update"] == pytest.approx(counter.get_total_flops(), rel=0.05)
+    assert parts["read"] == pytest.approx(2 * cost.shape_of(config).body * 2 * 24)
+    assert parts["decode"] == 24 * 2 * (cost.shape_of(config).body + 128 * 512) * 2
+
+
+def test_the_slower_of_arithmetic_and_memory_sets_the_decode_step_and_links_add_up():
+    shape, work = cost.shape_of(model_config(Qwen2Config, 64, 192, 2, 4, 2, 500, True)), cost.Work(4, 3, 10, 20)
+    slow = cost.Machine(layer=0, decode=1e30, update=1, bandwidth=10)
+    cache = 2 * 2 * 32 * 4 * 4 * 45  # keys and values, layers, width, bytes, episodes, half of the length
+    weights = 4 * shape.parameters - 4 * (shape.parameters - shape.body - 64 * 500)
+    assert cost.seconds(shape, work, slow, TrainConfig())["decode"] == pytest.approx(30 * (weights + cache) / 10)
+    linked = replace(slow, link=100)
+    alone, two = (cost.seconds(shape, work, linked, TrainConfig(), ranks) for ranks in (1, 2))
+    assert alone["communicate"] == 0
+    assert two["communicate"] == pytest.approx(2 * 2 * 4 * shape.parameters / 2 / 100)  # two optimizer steps
 
 
 # ---------------------------------------------------------------------------------------------------------- the command
