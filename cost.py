@@ -79,8 +79,10 @@ def memory(config: TrainConfig, shape: Shape, ranks: int, compute: int) -> dict[
         },
         "update": {
             "gradients": own,
-            # FSDP gathers a layer while the one before it computes; autocast keeps what it has cast.
-            "weights to compute with": 2 * whole / shape.layers if config.fsdp else whole if compute < 4 else 0,
+            # FSDP gathers a layer while the one before it computes; embedding and head stay. Autocast keeps every cast.
+            "weights to compute with": whole - compute * shape.body * (1 - 2 / shape.layers)
+            if config.fsdp
+            else whole * (compute < 4),
             # Gradient checkpointing keeps the input of each layer, in float32, and one layer in full.
             "activations": tokens * (4 * shape.width * shape.layers + layer)
             if config.gradient_checkpointing
