@@ -27,6 +27,7 @@ CHECKSUMS = "sha256.json"
 SHARDS = "shards"  # the folder of a sharded model and its optimizer, within a checkpoint
 KEEP = 2  # the newest and the one before it
 FREE = {"iterations", "resume", "out", "cache", "eval_every", "checkpoint_every", "report_to", "batch_size", "threads"}
+FREE |= {"dry_run", "gpu_memory"}
 
 
 class CheckpointError(Exception):

@@ -105,6 +105,10 @@ class TrainConfig(WorldConfig):
     )
     out: str | None = field(default=None, metadata={"help": "folder of the run; default: out/WORLD"})
     resume: bool = field(default=False, metadata={"help": "go on from the newest checkpoint in --out"})
+    dry_run: int = field(
+        default=0, metadata={"help": "say what a run on this many processes takes, load nothing, and end"}
+    )
+    gpu_memory: float = field(default=80, metadata={"help": "of one device, GB; for --dry_run"})
     seed: int = field(default=0, metadata={"help": "of weights, tasks and sampling"})
     # the method
     algorithm: str = field(default="grpo", metadata={"help": f"{' or '.join(ALGORITHMS)}: sets the flags marked *"})
@@ -206,7 +210,7 @@ class TrainConfig(WorldConfig):
         )
         _require(self, "group_size", least=2)  # a group baseline
         _require(self, "demonstrations", least=4)  # one batch of the imitation
-        _require(self, "threads", "seed", "zeta", "kl_coef", "overlong_buffer", least=0)
+        _require(self, "dry_run", "threads", "seed", "zeta", "kl_coef", "overlong_buffer", least=0)
         _require(self, "slip", "clip_low", least=0, most=1)
         _require(self, "clip_high", least=0)
         _require(self, "k", "k_future")

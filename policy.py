@@ -129,7 +129,7 @@ def _without_added_tokens(tokenizer: PreTrainedTokenizerFast) -> Tokenizer:
 def load_policy(path: str, dtype: torch.dtype = torch.float32) -> Policy:
     """A policy from a folder or a hub id. Raises PolicyError, in one line, if there is none or it cannot be used."""
     try:
-        _require_model(path)
+        require_model(path)
         # Not AutoTokenizer: for some model types, Qwen2 among them, it replaces the saved pre-tokenizer by that of the
         # family. A tiny Qwen2 with a tokenizer of its own then reads ids that it was never trained on.
         tokenizer = PreTrainedTokenizerFast.from_pretrained(path)
@@ -172,7 +172,7 @@ def require_context(policy: Policy, max_tokens: int) -> None:
         raise PolicyError(f"the model has {positions} positions; --max_tokens {max_tokens} must not be more")
 
 
-def _require_model(path: str) -> None:
+def require_model(path: str) -> None:
     """Raises OSError if there is neither a folder nor a cached or reachable model of that name."""
     if Path(path).is_dir():
         return

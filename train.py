@@ -28,6 +28,7 @@ from tqdm import tqdm
 
 from checkpoint import CheckpointError, checkpoint_path, keep_best, restore, run_position, save
 from config import TrainConfig, parse_config
+from cost import dry_run
 from empg import (
     NORMALIZATIONS,
     center,
@@ -319,7 +320,10 @@ def main() -> None:
     config = parse_config(TrainConfig)
     transformers.utils.logging.disable_progress_bar()
     try:
-        train(config)
+        if config.dry_run:
+            print(dry_run(config))
+        else:
+            train(config)
     except (CheckpointError, PolicyError, RecordError) as error:
         raise SystemExit(str(error)) from error
     except RuntimeError as error:
