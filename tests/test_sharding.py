@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -161,9 +162,13 @@ def test_a_sharded_run_is_resumed_bit_for_bit(sharded):
     }
 
 
-def test_a_sharded_run_is_resumed_on_another_number_of_ranks(one, sharded, launch):
-    launch(3, [{"out": "parts", "iterations": 6, "fsdp": True, "resume": True}], sharded)
-    assert (3, 0.33, 0.33) in {tuple(round(x, 2) for x in line) for line in parts(sharded / "parts")}
+def test_a_sharded_run_is_resumed_on_another_number_of_ranks(one, sharded, launch, cache, tmp_path):
+    launch(3, [{"out": "parts", "iterations": 5, "fsdp": True, "resume": True}], sharded)
+    assert {ranks for ranks, *shares in parts(sharded / "parts") if max(shares) < 0.4} == {3}
+    shutil.copytree(one, tmp_path / "one", symlinks=True)
+    more = {"out": str(tmp_path / "one"), "cache": cache, "iterations": 5, "resume": True}
+    train.train(TrainConfig(**RUN | more))
+    same_metrics(tmp_path / "one", sharded / "parts", 1e-4)
 
 
 def test_the_full_checkpoint_of_a_sharded_run_opens_and_plays(sharded):
