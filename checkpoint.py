@@ -90,7 +90,11 @@ def save(config: TrainConfig, learner: Learner, state: dict) -> None:
         state["saved"] = state["iteration"]
         folder, model = checkpoint_path(Path(config.out), state["iteration"]), learner.policy.model
         weights = full_weights(model)
-        shards = save_shards(folder.with_name(".shards.partial"), model, learner.optimizer)
+        try:
+            shards = save_shards(folder.with_name(".shards.partial"), model, learner.optimizer)
+        except Exception as error:  # torch raises an error of its own when a disk is full
+            reason = str(error).splitlines()[0]
+            raise CheckpointError(f"could not save {folder} ({reason}); earlier checkpoints are untouched") from error
         if learner.accelerator.is_main_process:
             save_checkpoint(folder, learner.policy, learner.optimizer, state, weights, shards)
     learner.accelerator.wait_for_everyone()
@@ -181,8 +185,7 @@ def verify_checkpoint(folder: Path) -> None:
         raise CheckpointError(f"{folder} is no complete checkpoint ({error})") from error
     if not isinstance(expected, dict):
         raise CheckpointError(f"{folder} is no complete checkpoint ({CHECKSUMS} holds no checksums)")
-    optimizer = f"{SHARDS}/.metadata" if f"{SHARDS}/.metadata" in expected else "optimizer.pt"
-    for name in sorted({"state.json", optimizer, *expected, *actual}):
+    for name in sorted({"state.json", *expected, *actual}):
         if expected.get(name) != actual.get(name) or name not in actual:
             state = "missing" if name not in actual else "damaged" if name in expected else f"not in {CHECKSUMS}"
             raise CheckpointError(f"{folder} cannot be used: {name} is {state}")

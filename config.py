@@ -4,7 +4,6 @@ Making a configuration checks its values and reads no file: whether data are the
 """
 
 import argparse
-import importlib.util
 import json
 import math
 import sys
@@ -13,6 +12,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Literal, TypeVar
 
+from accelerate.tracking import LOGGER_TYPE_TO_CLASS, get_available_trackers
 from transformers import HfArgumentParser
 
 from empg import AGGREGATIONS, NORMALIZATIONS
@@ -173,9 +173,7 @@ class TrainConfig(WorldConfig):
     eval_tasks: int = field(default=256, metadata={"help": "held-out tasks, the first of the split"})
     eval_every: int = field(default=30, metadata={"help": "iterations between evaluations"})
     checkpoint_every: int = field(default=20, metadata={"help": "iterations between checkpoints"})
-    report_to: Literal["none", "tensorboard", "wandb"] = field(
-        default="none", metadata={"help": "tracker beside the file"}
-    )
+    report_to: str = field(default="none", metadata={"help": f"a tracker, too: {', '.join(LOGGER_TYPE_TO_CLASS)}"})
 
     def __post_init__(self):
         if self.algorithm not in ALGORITHMS:
@@ -191,7 +189,11 @@ class TrainConfig(WorldConfig):
             raise ValueError(f"aggregation must be {' or '.join(AGGREGATIONS)}, got {self.aggregation}")
         if self.normalization not in NORMALIZATIONS:
             raise ValueError(f"normalization must be {' or '.join(NORMALIZATIONS)}, got {self.normalization}")
-        if self.report_to != "none" and importlib.util.find_spec(self.report_to) is None:
+        if self.report_to not in ("none", *LOGGER_TYPE_TO_CLASS):
+            raise ValueError(
+                f"report_to must be none or one of {', '.join(LOGGER_TYPE_TO_CLASS)}, got {self.report_to}"
+            )
+        if self.report_to != "none" and self.report_to not in map(str, get_available_trackers()):
             raise ValueError(f"report_to {self.report_to} needs the package: pip install {self.report_to}")
 
     def _check_numbers(self) -> None:

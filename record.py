@@ -145,7 +145,7 @@ class Record:
         try:
             self.accelerator.init_trackers("empg", flat)
         except Exception as error:  # no network, no login, no space: each tracker has its own classes
-            raise RecordError(f"could not start {self.config.report_to}: {error}") from error
+            raise RecordError(f"could not start {self.config.report_to}: {' '.join(str(error).split())}") from error
         if main:
             about = {"argv": sys.argv, "git": revision(), "ranks": self.accelerator.num_processes}
             self._replace("config.json", json.dumps(about | {"config": asdict(self.config)}, indent=1))

@@ -47,7 +47,7 @@ from policy import Dialogue, PolicyError, require_context
 from record import Modulation, Record, RecordError, episode_metrics, eval_metrics, step_metrics, update_metrics
 from rollout import dialogue, play_scripted, rollout
 from sharding import gathered, whole
-from stopping import Stopped, StopRequest, play_together
+from stopping import Stopped, StopRequest, lost_a_rank, play_together
 from tiny import TinyConfig, warm_start
 from update import (
     Learner,
@@ -321,6 +321,12 @@ def main() -> None:
         train(config)
     except (CheckpointError, PolicyError, RecordError) as error:
         raise SystemExit(str(error)) from error
+    except RuntimeError as error:
+        if not lost_a_rank(error):
+            raise
+        raise SystemExit(
+            "another process of this run has ended; go on from the last checkpoint with --resume"
+        ) from None
     except KeyboardInterrupt:
         raise SystemExit("stopped; the last checkpoint, if there is one, is complete: go on with --resume") from None
 

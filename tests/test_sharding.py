@@ -6,10 +6,12 @@ import shutil
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 from safetensors.torch import load_file
 
+import checkpoint
 import eval as evaluation
 import train
 from config import TrainConfig
@@ -180,6 +182,16 @@ def test_the_full_checkpoint_of_a_sharded_run_opens_and_plays(sharded):
     played = evaluation.evaluate(policy, make_envs("coin", [], 6), tasks, config, accelerator)
     assert evaluation.summarize(played) == state["after"]
     assert full_weights(policy.model) is None
+
+
+def test_shards_that_cannot_be_written_end_the_run_in_one_line(tmp_path, monkeypatch):
+    def full(*_):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(checkpoint, "save_shards", full)
+    learner = SimpleNamespace(policy=SimpleNamespace(model=None), optimizer=None, accelerator=None)
+    with pytest.raises(checkpoint.CheckpointError, match=r"No space left on device.*earlier checkpoints are untouched"):
+        checkpoint.save(TrainConfig(**RUN | {"out": str(tmp_path)}), learner, {"iteration": 1})
 
 
 @pytest.mark.parametrize(("fsdp", "message"), [(True, "launch at least two"), (False, "runs/accelerate, and --fsdp")])
