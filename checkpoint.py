@@ -91,7 +91,11 @@ def save(config: TrainConfig, learner: Learner, state: dict) -> None:
         state["saved"] = state["iteration"]
         folder, model = checkpoint_path(Path(config.out), state["iteration"]), learner.policy.model
         weights = full_weights(model)
-        shards = save_shards(folder.with_name(".shards.partial"), model, learner.optimizer)
+        try:
+            shards = save_shards(folder.with_name(".shards.partial"), model, learner.optimizer)
+        except Exception as error:  # torch raises an error of its own when a disk is full
+            reason = str(error).splitlines()[0]
+            raise CheckpointError(f"could not save {folder} ({reason}); earlier checkpoints are untouched") from error
         if learner.accelerator.is_main_process:
             save_checkpoint(folder, learner.policy, learner.optimizer, state, weights, shards)
     learner.accelerator.wait_for_everyone()

@@ -159,7 +159,7 @@ class TrainConfig(WorldConfig):
     epochs: int = field(default=1, metadata={"help": "passes over the episodes of an iteration"})
     mini_batches: int = field(default=2, metadata={"help": "optimizer steps of a pass"})
     micro_batch_tokens: int = field(
-        default=16384, metadata={"help": "tokens of one forward and backward pass, padding included, per rank"}
+        default=8192, metadata={"help": "tokens of one forward and backward pass, padding included, per rank"}
     )
     old_logp: Literal["captured", "recompute"] = field(
         default="captured", metadata={"help": "old log-probs: the sampler's, or the trainer's before its first step"}
