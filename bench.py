@@ -34,8 +34,9 @@ from empg import group_advantages, modulate, spread, step_entropy, token_logp_an
 from envs import ENVIRONMENTS, make_envs
 from episode import Task, collate
 from eval import start_ranks
+from groups import train_task
 from scorer import ScoringHead
-from train import first_policy, learn, prepare, train_task
+from train import first_policy, learn, prepare
 from update import Learner
 
 

@@ -7,7 +7,7 @@
     torchrun --nproc_per_node 2 train.py                             two processes, with or without GPUs
     torchrun --nproc_per_node 2 train.py --fsdp                      each of them with half of the model
 
-An iteration has eight beats: 1, 7 and 8 in `train`, 2 to 4 in `assign_credit`, 5 and 6 in `learn`. Every rank samples
+An iteration has eight beats: 1, 7 and 8 in `iterate`, 2 to 4 in `assign_credit`, 5 and 6 in `learn`. Every rank samples
 its own groups and gets those of all ranks, so EMPG's statistics, the normalisers and the metrics are those of the whole
 batch. Only sampling, forward and backward are divided among the ranks.
 
@@ -16,15 +16,12 @@ Not covered: models whose weights, in the type that they compute in, do not fit 
 """
 
 from collections import defaultdict
-from operator import itemgetter
 from pathlib import Path
 
-import numpy as np
 import torch
 import transformers
 from accelerate import Accelerator
 from accelerate.utils import broadcast_object_list
-from tqdm import tqdm
 
 from checkpoint import CheckpointError, checkpoint_path, keep_best, restore, run_position, save
 from config import TrainConfig, parse_config
@@ -42,14 +39,14 @@ from empg import (
     step_entropy,
 )
 from envs import Env, careless_player, fingerprint
-from episode import Batch, Episode, Task, collate, save_episodes
-from eval import enough_memory, evaluate, first_tasks, open_envs, require_steps, start_ranks, summarize, table
+from episode import Batch, collate, save_episodes
+from eval import enough_memory, evaluate, first_tasks, open_envs, start_ranks, summarize, table
+from groups import sample_groups, train_task
 from policy import Dialogue, PolicyError, require_context
 from record import Modulation, Record, RecordError, episode_metrics, eval_metrics, step_metrics, update_metrics
-from rollout import dialogue, play_scripted, rollout
-from sampler import sampling_weights
-from sharding import gathered, whole
-from stopping import Stopped, StopRequest, lost_a_rank, play_together
+from rollout import dialogue, play_scripted
+from sharding import whole
+from stopping import Stopped, StopRequest, lost_a_rank
 from tiny import TinyConfig, warm_start
 from update import (
     Learner,
@@ -228,59 +225,6 @@ def demonstrations(config: TrainConfig, env: Env) -> list[Dialogue]:
     if broken := [episode.info["error"] for episode in played if "error" in episode.info]:
         raise SystemExit(f"{len(broken)} of {len(played)} demonstrations were broken off: {broken[0]}")
     return [dialogue(env.instructions, episode) for episode in played]
-
-
-# ----------------------------------------------------------------------------------------- 1  sampling the episodes
-
-
-def train_task(config: TrainConfig, size: int | None, number: int) -> Task:
-    """The run's task number `number`: a new one every time, or all of a finite split in a new order on each pass."""
-    if size is None:
-        return Task(config.env, "train", config.seed * 10**9 + number)
-    order = np.random.default_rng([config.seed, number // size]).permutation(size)
-    return Task(config.env, "train", int(order[number % size]))
-
-
-@enough_memory("sampling", "lower --batch_size")
-def sample_round(config: TrainConfig, learner: Learner, envs: list[Env], first: int) -> list[list[Episode]]:
-    """One group of G episodes for each of the tasks from number `first` on; every rank plays its share and gets all."""
-    accelerator, size, group = learner.accelerator, envs[0].size("train"), config.group_size
-    numbers = range(first, first + config.tasks_per_iteration)[accelerator.process_index :: accelerator.num_processes]
-
-    def play() -> list[tuple[int, list[Episode]]]:
-        tasks = [train_task(config, size, number) for number in numbers for _ in range(group)]
-        seeds = [(config.seed, number, episode) for number in numbers for episode in range(group)]
-        limits = {"max_step_tokens": config.max_step_tokens, "max_tokens": config.max_tokens}
-        episodes = rollout(learner.policy, envs, tasks, seeds, temperature=config.temperature, **limits)
-        return [(number, episodes[i * group : (i + 1) * group]) for i, number in enumerate(numbers)]
-
-    with gathered(learner.policy.model), sampling_weights(learner.policy.model, accelerator.mixed_precision):
-        return [group for _, group in sorted(play_together(play), key=itemgetter(0))]
-
-
-def sample_groups(
-    config: TrainConfig, learner: Learner, envs: list[Env], next_task: int
-) -> tuple[list[list[Episode]], dict]:
-    """The groups of an iteration, the same on every rank, and metrics of all groups sampled for them.
-
-    Dynamic sampling (DAPO) keeps the groups in which some episodes succeed and some do not, and samples more until it
-    has enough, at most max_rounds times; then it goes on with what it has.
-    """
-    kept, solved, wanted, used = [], [], config.tasks_per_iteration, 0
-    while len(kept) < wanted and used < wanted * config.max_rounds:
-        groups = sample_round(config, learner, envs, next_task + used)
-        require_steps([episode for group in groups for episode in group])
-        used += wanted
-        solved += [sum(episode.success for episode in group) for group in groups]
-        if not config.dynamic_sampling:
-            kept = groups
-            break
-        kept += [group for group in groups if 0 < sum(episode.success for episode in group) < config.group_size]
-    if len(kept) < wanted and learner.accelerator.is_main_process:
-        tqdm.write(f"dynamic sampling: of {used} groups only {len(kept)} differ in success; going on with these")
-    kept = kept[:wanted]
-    success = sum(solved) / (len(solved) * config.group_size)
-    return kept, {"group/tasks_used": used, "group/kept": len(kept), "group/success": success}
 
 
 # --------------------------------------------------------------------------------- 8  evaluation, checkpoints, the end

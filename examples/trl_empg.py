@@ -29,7 +29,8 @@ from config import TrainConfig, parse_config
 from empg import modulate, spread, step_entropy
 from envs import Env, make_envs, parse_response
 from eval import start_ranks
-from train import first_policy, train_task
+from groups import train_task
+from train import first_policy
 
 # ------------------------------------------------------------------------------------------------- EMPG, for any model
 

@@ -19,6 +19,7 @@ from test_train import ROOT, flags_of, launch, rows, same_weights, write_checksu
 
 import checkpoint
 import eval as evaluation
+import groups
 import train
 from checkpoint import CheckpointError, checkpoints, verify_checkpoint
 from config import TrainConfig
@@ -64,7 +65,7 @@ def test_a_signal_breaks_off_sampling_and_nothing_is_lost(run, whole, monkeypatc
         return step(env, action)
 
     with monkeypatch.context() as patch:
-        for module in (train, evaluation):
+        for module in (groups, evaluation):
             patch.setattr(module, "rollout", counted(module.rollout))
         patch.setattr(Coin, "step", signalled)
         with pytest.raises(SystemExit, match=f"stopped after iteration {saved}; .*--resume"):

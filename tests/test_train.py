@@ -15,6 +15,7 @@ from conftest import SMALL
 from safetensors.torch import load_file
 
 import checkpoint
+import groups
 import train
 import update
 from checkpoint import CheckpointError, checkpoints, verify_checkpoint
@@ -318,7 +319,7 @@ def test_every_episode_and_every_task_of_a_finite_split_comes_once_a_pass():
     batches = [list(map(int, rows)) for rows in update.mini_batches(config, 8, iteration=5)]
     assert sorted(chain(*batches[:3])) == sorted(chain(*batches[3:])) == list(range(8))
     assert batches[:3] != batches[3:]
-    seeds = [train.train_task(config, 5, number).seed for number in range(15)]
+    seeds = [groups.train_task(config, 5, number).seed for number in range(15)]
     passes = [seeds[i : i + 5] for i in (0, 5, 10)]
     assert [sorted(part) for part in passes] == [list(range(5))] * 3
     assert len(set(map(tuple, passes))) > 1

@@ -11,6 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import eval as evaluation
+import groups
 import train
 import update
 from config import TrainConfig
@@ -155,7 +156,7 @@ def test_gradient_checkpointing_is_on_while_learning(house_policy, batch, tmp_pa
     ("module", "function", "call", "message"),
     [
         (train, "micro_batch_loss", lambda a: train.learn(CONFIG, a.learner, a.batch, 1), "lower --micro_batch_tokens"),
-        (train, "rollout", lambda a: train.sample_round(CONFIG, a.learner, [a.env], 0), "lower --batch_size"),
+        (groups, "rollout", lambda a: groups.sample_round(CONFIG, a.learner, [a.env], 0), "lower --batch_size"),
         (
             evaluation,
             "rollout",
