@@ -1,7 +1,9 @@
 """Where the time and the memory go: rollout against the usual generate loop, EMPG's share, log-prob and entropy.
 
     python bench.py                 everything, a few minutes on two cores; prints a table and writes bench.json
-    python bench.py --only memory   one part of rollout, empg, trl, memory, worlds
+    python bench.py --only memory   one part of rollout, empg, trl, memory, head, worlds
+    python bench.py --only sampler  a model of 34 million random weights: the sampler against the generate loop
+    python bench.py --only gpu      Qwen2.5-1.5B's shape on a GPU: the same, and shares of the machine's limits
     python bench.py --only trl      an iteration against TRL's own (pip install -r requirements-trl.txt)
     python bench.py --only worlds --data games    ALFWorld too, on the games in that folder
 
@@ -11,6 +13,7 @@ Speeds are compared as ratios of medians, the two sides measured in turns: absol
 import importlib.util
 import json
 import multiprocessing
+import os
 import resource
 import statistics
 import time
@@ -25,14 +28,15 @@ import torch
 from accelerate import Accelerator
 from transformers import PrinterCallback, ProgressCallback, TrainerCallback
 
+from bench_rollout import LARGE, SMALL, clock, measure_gpu, measure_rollout, measure_sampler, our_rollout, random_policy
 from config import TrainConfig, parse_config
 from empg import group_advantages, modulate, spread, step_entropy, token_logp_and_entropy
-from envs import ENVIRONMENTS, Env, make_envs, parse_response
-from episode import Episode, Task, collate
+from envs import ENVIRONMENTS, make_envs
+from episode import Task, collate
 from eval import start_ranks
-from policy import Policy
-from rollout import rollout
-from train import first_policy, learn, prepare, train_task
+from groups import train_task
+from scorer import ScoringHead
+from train import first_policy, learn, prepare
 from update import Learner
 
 
@@ -40,92 +44,19 @@ from update import Learner
 class BenchConfig:
     """Measure speed and memory."""
 
-    only: Literal["all", "rollout", "empg", "trl", "memory", "worlds"] = field(
-        default="all", metadata={"help": "part to measure"}
+    only: Literal["all", "rollout", "empg", "trl", "memory", "head", "worlds", "sampler", "gpu"] = field(
+        default="all", metadata={"help": "part to measure; all: without sampler and gpu"}
     )
     policy: str = field(default="tiny", metadata={"help": "folder or hub id; tiny: the warm start of the default run"})
     environments: int = field(default=64, metadata={"help": "House worlds that are played at once"})
     repeats: int = field(default=5, metadata={"help": "measurements of each side, of which the median counts"})
     tokens: int = field(default=4096, metadata={"help": "memory: tokens"})
-    vocabulary: int = field(default=151_936, metadata={"help": "memory: size of the vocabulary; Qwen2.5's by default"})
+    head_tokens: int = field(default=8192, metadata={"help": "head: tokens; plain code takes 2 MiB for each"})
+    vocabulary: int = field(default=151_936, metadata={"help": "memory, head: size of the vocabulary; that of Qwen2.5"})
     threads: int = field(default=0, metadata={"help": "rollout, empg and trl: threads on the CPU; 0: all cores"})
     worlds: int = field(default=128, metadata={"help": "worlds: environments that take turns in one process"})
     data: str = field(default="", metadata={"help": "worlds: folder of ALFWorld games; default: ALFWorld is left out"})
     out: str = field(default="bench.json", metadata={"help": "file for the result"})
-
-
-# --------------------------------------------------------------------------------------------------------- rollout
-
-
-@torch.inference_mode()
-def generate_loop(policy: Policy, envs: list[Env], tasks: list[Task], config: TrainConfig) -> int:
-    """The loop that most people write: `generate` on the left-padded whole history at every turn, on the same tasks and
-    with the same limits; finished episodes leave the batch here too. Returns the number of sampled tokens."""
-    prompts = [env.reset(task.split, task.seed)[0] for env, task in zip(envs, tasks, strict=True)]
-    histories = policy.opening(envs[0].instructions, prompts)
-    live, sampled, pad = list(range(len(tasks))), 0, policy.tokenizer.pad_token_id
-    while live:
-        width = max(len(histories[i]) for i in live)
-        ids = torch.tensor([[pad] * (width - len(histories[i])) + histories[i] for i in live], device=policy.device)
-        mask = torch.tensor([[0] * (width - len(histories[i])) + [1] * len(histories[i]) for i in live])
-        output = policy.model.generate(
-            input_ids=ids,
-            attention_mask=mask.to(policy.device),
-            do_sample=True,
-            temperature=config.temperature,
-            top_k=0,
-            top_p=1.0,
-            max_new_tokens=config.max_step_tokens,
-            eos_token_id=policy.stop_id,
-            pad_token_id=pad,
-        )[:, width:].tolist()
-        responses = [row[: row.index(policy.stop_id) + 1] if policy.stop_id in row else row for row in output]
-        sampled += sum(map(len, responses))
-        going, room = [], config.max_tokens - config.max_step_tokens
-        for i, ids in zip(live, responses, strict=True):
-            observation, _, terminated, truncated, _ = envs[i].step(parse_response(policy.decode(ids))[1])
-            histories[i] += ids + policy.turn([observation])[0]
-            if not (terminated or truncated or len(histories[i]) > room):
-                going.append(i)
-        live = going
-    return sampled
-
-
-def our_rollout(policy: Policy, envs: list[Env], tasks: list[Task], config: TrainConfig, seed: int) -> list[Episode]:
-    """rollout.py with the settings of the default run."""
-    seeds = [(seed, number) for number in range(len(tasks))]
-    limits = {"max_step_tokens": config.max_step_tokens, "max_tokens": config.max_tokens}
-    return rollout(policy, envs, tasks, seeds, temperature=config.temperature, **limits)
-
-
-def measure_rollout(bench: BenchConfig, config: TrainConfig, policy: Policy) -> dict:
-    """Sampled tokens a second of both loops, and the share of ours that is spent in bare model forwards."""
-    envs = make_envs(config.env, config.settings, bench.environments)
-    tasks = [Task(config.env, "train", seed // config.group_size) for seed in range(bench.environments)]  # groups
-    ours, theirs, shares = [], [], []
-    forward, in_forward = policy.model.forward, [0.0]
-
-    def timed_forward(*args, **kwargs):
-        seconds, output = clock(lambda: forward(*args, **kwargs))
-        in_forward[0] += seconds
-        return output
-
-    for repeat in range(bench.repeats + 1):
-        policy.model.forward, in_forward[0] = timed_forward, 0.0
-        seconds, episodes = clock(lambda seed=repeat: our_rollout(policy, envs, tasks, config, seed))
-        policy.model.forward = forward
-        ours.append(sum(step.end - step.start for episode in episodes for step in episode.steps) / seconds)
-        shares.append(in_forward[0] / seconds)
-        torch.manual_seed(repeat)
-        seconds, sampled = clock(lambda: generate_loop(policy, envs, tasks, config))
-        theirs.append(sampled / seconds)
-    ours, theirs, shares = (statistics.median(values[1:]) for values in (ours, theirs, shares))  # the first warms up
-    return {
-        "rollout, sampled tokens a second": ours,
-        "generate loop, sampled tokens a second": theirs,
-        "rollout over generate loop": ours / theirs,
-        "share of rollout in model forwards": shares,
-    }
 
 
 # ------------------------------------------------------------------------------------------------------------ EMPG
@@ -280,6 +211,54 @@ def measure_memory(bench: BenchConfig) -> dict:
     return result
 
 
+# ------------------------------------------------------------------------------------------------------------ head
+
+
+def head_once(name: str, tokens: int, vocabulary: int, size: int = 1536) -> tuple[float, float]:
+    """Peak memory beyond weight and hidden states in bytes, and seconds, of the head's forward and backward pass; to be
+    called in a process of its own. size: of a hidden state; Qwen2.5-1.5B's by default."""
+    device, dtype = ("cuda", torch.bfloat16) if torch.cuda.is_available() else ("cpu", torch.float32)
+
+    def work(tokens: int, vocabulary: int) -> tuple[float, float]:
+        head = ScoringHead(size, vocabulary, bias=False, device=device, dtype=dtype)
+        hidden = torch.randn(tokens, size, device=device, dtype=dtype, requires_grad=True)
+        ids = torch.randint(vocabulary, (tokens,), device=device)
+
+        def step() -> None:
+            if name == "scorer":
+                logp = head(hidden, ids)[0]
+            else:
+                logp = head(hidden).float().log_softmax(-1).gather(-1, ids[:, None]).squeeze(-1)
+            logp.sum().backward()
+
+        before = peak_memory(device)
+        seconds, _ = clock(step)
+        return peak_memory(device) - before, seconds
+
+    work(8, 8)  # what only a first call loads is not counted
+    return work(tokens, vocabulary)
+
+
+def measure_head(bench: BenchConfig, config: TrainConfig, learner: Learner) -> dict:
+    """lm_head in an update: rows that it computes on House episodes, and memory and time against plain code."""
+    envs, rows = make_envs(config.env, config.settings, bench.environments), []
+    tasks = [Task(config.env, "train", seed // config.group_size) for seed in range(bench.environments)]
+    batch = collate(our_rollout(learner.policy, envs, tasks, config, 0), learner.policy.device)
+    learner.policy.model.lm_head.register_forward_hook(lambda head, args, output: rows.append(len(args[0])))
+    learn(config, learner, batch, 0)
+    result = {"lm_head rows over sampled tokens": sum(rows) / int(batch.mask.sum())}
+    runs = {"scorer": [], "plain": []}
+    for _ in range(min(3, bench.repeats)):
+        for name, measured in runs.items():
+            with multiprocessing.get_context("spawn").Pool(1) as pool:
+                measured.append(pool.apply(head_once, (name, bench.head_tokens, bench.vocabulary)))
+    for i, (what, unit) in enumerate((("memory, MiB", 2**20), ("seconds", 1))):
+        for name, measured in runs.items():
+            result[f"head, {name}: {what}"] = statistics.median(run[i] for run in measured) / unit
+        result[f"head: {what}, scorer over plain"] = result[f"head, scorer: {what}"] / result[f"head, plain: {what}"]
+    return result
+
+
 # ---------------------------------------------------------------------------------------------------------- worlds
 
 
@@ -309,30 +288,21 @@ def measure_worlds(bench: BenchConfig) -> dict:
 # ---------------------------------------------------------------------------------------------------------- output
 
 
-def clock(work: Callable) -> tuple[float, object]:
-    """Seconds that the work took, and its result."""
-    if torch.cuda.is_available():
-        torch.cuda.synchronize()
-    start = time.perf_counter()
-    result = work()
-    if torch.cuda.is_available():
-        torch.cuda.synchronize()
-    return time.perf_counter() - start, result
-
-
 def main() -> None:
     bench = parse_config(BenchConfig)
     config = TrainConfig(policy=bench.policy, out="out/bench")
     result = {}
     if bench.only in ("all", "worlds"):  # first: memory is counted from its highest point so far
         result |= measure_worlds(bench)
-    if bench.only in ("all", "rollout", "empg", "trl"):
+    if bench.only in ("all", "rollout", "empg", "trl", "head"):
         accelerator = start_ranks(bench.threads)
         learner, _ = prepare(config, accelerator, make_envs(config.env, config.settings, 1)[0])
         if bench.only in ("all", "rollout"):
-            result |= measure_rollout(bench, config, learner.policy)
+            result |= measure_rollout(config, learner.policy, bench.environments, bench.repeats)
         if bench.only in ("all", "empg"):
             result |= measure_empg(bench, config, learner)
+        if bench.only in ("all", "head"):
+            result |= measure_head(bench, config, learner)
         if bench.only in ("all", "trl"):
             if importlib.util.find_spec("trl") is None:
                 print("the comparison with TRL is left out; it needs: pip install -r requirements-trl.txt")
@@ -340,6 +310,13 @@ def main() -> None:
                 from examples.trl_empg import GRPOTrainer, make_trainer
 
                 result |= measure_trl(bench, config, accelerator, partial(make_trainer, trainer=GRPOTrainer))
+    if bench.only == "sampler":
+        torch.set_num_threads(bench.threads or os.cpu_count())
+        result |= measure_sampler(SMALL, random_policy(SMALL, "cpu"), bench.repeats)
+    if bench.only == "gpu":
+        if not torch.cuda.is_available():
+            raise SystemExit("--only gpu needs a GPU, and torch sees none here")
+        result |= measure_gpu(LARGE, bench.repeats)
     if bench.only in ("all", "memory"):
         result |= measure_memory(bench)
     for name, value in result.items():

@@ -10,21 +10,24 @@ import json
 import os
 import re
 import shutil
-import signal
-import time
+from collections.abc import Callable
 from dataclasses import asdict
+from functools import partial
 from pathlib import Path
 
 import torch
-from accelerate import Accelerator
-from accelerate.utils import gather_object
 from tqdm import tqdm
 
 from config import TrainConfig
 from policy import Policy
+from sharding import full_weights, load_shards, save_shards
+from update import Learner
 
 CHECKSUMS = "sha256.json"
+SHARDS = "shards"  # the folder of a sharded model and its optimizer, within a checkpoint
 KEEP = 2  # the newest and the one before it
+FREE = {"iterations", "resume", "out", "cache", "eval_every", "checkpoint_every", "report_to", "batch_size", "threads"}
+FREE |= {"dry_run", "gpu_memory"}
 
 
 class CheckpointError(Exception):
@@ -32,8 +35,11 @@ class CheckpointError(Exception):
 
 
 def run_position(config: TrainConfig) -> tuple[Path | None, dict]:
-    """The newest checkpoint of the run in config.out and the state saved with it; None and a new state for a new run.
+    """The newest good checkpoint of the run in config.out and its state; None and a new state for a new run.
 
+    The state is JSON: "iteration", the last one that was learnt from; "next_task"; "config"; the evaluations "before",
+    "after" (of this iteration) and "best"; "row", the metrics of the iteration while its evaluation is still to come;
+    "saved", the iteration at the last save.  A damaged checkpoint is named and passed over.
     Raises CheckpointError unless --resume says which of the two is meant and the checkpoint fits the configuration.
     """
     out, saved = config.out, checkpoints(Path(config.out))
@@ -42,52 +48,122 @@ def run_position(config: TrainConfig) -> tuple[Path | None, dict]:
             raise CheckpointError(
                 f"{out} holds a run already: go on with --resume, or choose another folder with --out"
             )
-        return None, {"iteration": 0, "next_task": 0, "config": asdict(config)}
+        return None, {"iteration": 0, "next_task": 0, "row": {}, "after": None, "config": asdict(config)}
     if not saved:
         raise CheckpointError(f"there is no checkpoint in {out} to resume from")
-    verify_checkpoint(saved[-1])
-    state = json.loads((saved[-1] / "state.json").read_text())
-    free = (
-        "iterations",
-        "resume",
-        "out",
-        "cache",
-        "eval_every",
-        "checkpoint_every",
-        "report_to",
-        "batch_size",
-        "threads",
-    )
-    changed = [name for name, value in state["config"].items() if name not in free and getattr(config, name) != value]
+    newest = newest_good(saved)
+    state = json.loads((newest / "state.json").read_text())
+    changed = {
+        name: value for name, value in state["config"].items() if name not in FREE and getattr(config, name) != value
+    }
     if changed:
-        flags = ", ".join(f"--{name} {state['config'][name]}" for name in changed)
+        flags = ", ".join(
+            f"--{name} {' '.join(value) if isinstance(value, list) else value}" for name, value in changed.items()
+        )
         raise CheckpointError(f"{out} was trained with {flags}; resume with the same, or start anew with another --out")
-    if config.iterations < state["iteration"] or (config.iterations == state["iteration"] and "after" not in state):
+    complete = state.get("after") or "row" in state  # the last iteration of a run is evaluated
+    if config.iterations < state["iteration"] or (config.iterations == state["iteration"] and not complete):
         raise CheckpointError(f"{out} has {state['iteration']} iterations already; ask for more with --iterations")
-    return saved[-1], state
+    return newest, state
 
 
-def save_checkpoint(folder: Path, policy: Policy, optimizer: torch.optim.Optimizer, state: dict) -> None:
-    """Write a checkpoint; a folder of that name appears only when it is complete. Older ones but KEEP are deleted.
+def newest_good(saved: list[Path]) -> Path:
+    """The last of these checkpoints that is whole. Says which it passes over; CheckpointError if there is no other."""
+    problems = []
+    for folder in reversed(saved):
+        try:
+            verify_checkpoint(folder)
+        except CheckpointError as error:
+            problems.append(str(error))
+            continue
+        for problem in problems:
+            tqdm.write(f"{problem}; going on from {folder.name}")
+        return folder
+    raise CheckpointError(f"no checkpoint is whole: {'; '.join(problems)}")
 
-    state: what resuming needs beside weights and optimizer, JSON.  Raises CheckpointError if it could not be written,
-    and leaves what was there before untouched.
+
+# ------------------------------------------------------------------------------------------------- what a run saves
+
+
+def save(config: TrainConfig, learner: Learner, state: dict) -> None:
+    """The checkpoint of this iteration, unless it is saved already; all ranks call this together."""
+    if state.get("saved") != state["iteration"]:
+        state["saved"] = state["iteration"]
+        folder, model = checkpoint_path(Path(config.out), state["iteration"]), learner.policy.model
+        weights = full_weights(model)
+        try:
+            shards = save_shards(folder.with_name(".shards.partial"), model, learner.optimizer)
+        except Exception as error:  # torch raises an error of its own when a disk is full
+            reason = str(error).splitlines()[0]
+            raise CheckpointError(f"could not save {folder} ({reason}); earlier checkpoints are untouched") from error
+        if learner.accelerator.is_main_process:
+            save_checkpoint(folder, learner.policy, learner.optimizer, state, weights, shards)
+    learner.accelerator.wait_for_everyone()
+
+
+def keep_best(config: TrainConfig, learner: Learner, state: dict) -> None:
+    """Keep the policy in OUT/best if none was better in its evaluation, state["after"]; all ranks call this together.
+
+    The folder has no optimizer. Its state holds the evaluation, and the flags that eval.py repeats it with.
     """
-    aside = folder.with_name(f".{folder.name}.partial")
+    if state["after"]["success"] > state.get("best", {"success": -1})["success"]:
+        state["best"] = {"iteration": state["iteration"]} | state["after"]
+        weights = full_weights(learner.policy.model)
+        if learner.accelerator.is_main_process:
+            write_folder(Path(config.out) / "best", partial(learner.policy.save, weights=weights), state)
+    learner.accelerator.wait_for_everyone()
+
+
+def save_checkpoint(
+    folder: Path,
+    policy: Policy,
+    optimizer: torch.optim.Optimizer,
+    state: dict,
+    weights: dict[str, torch.Tensor] | None = None,
+    shards: Path | None = None,
+) -> None:
+    """Write a checkpoint, see `write_folder`. Older ones but KEEP are deleted.
+
+    state: what resuming needs beside weights and optimizer, JSON.  weights, shards: of a sharded model (sharding.py).
+    """
+
+    def write(aside: Path) -> None:
+        policy.save(aside, weights)
+        if shards:
+            os.replace(shards, aside / SHARDS)
+        else:
+            torch.save(optimizer.state_dict(), aside / "optimizer.pt")
+
+    write_folder(folder, write, state)
+    # A newer one is here if it was damaged and passed over; it does not count.
+    saved = checkpoints(folder.parent)
+    for old in saved[: saved.index(folder) + 1][:-KEEP]:
+        shutil.rmtree(old)
+
+
+def write_folder(folder: Path, write: Callable[[Path], None], state: dict) -> None:
+    """Let `write` fill a folder, add the state and checksums. A folder of that name appears only when it is complete.
+
+    Raises CheckpointError if it could not be written, and leaves what was there before untouched.
+    """
+    aside, replaced = (folder.with_name(f".{folder.name}.{end}") for end in ("partial", "replaced"))
     try:
-        shutil.rmtree(aside, ignore_errors=True)
+        for leftover in (aside, replaced):
+            shutil.rmtree(leftover, ignore_errors=True)
         aside.mkdir(parents=True)
-        policy.save(aside)
-        torch.save(optimizer.state_dict(), aside / "optimizer.pt")
+        write(aside)
         (aside / "state.json").write_text(json.dumps(state, indent=1))
         (aside / CHECKSUMS).write_text(json.dumps(_checksums(aside), indent=1))
-        shutil.rmtree(folder, ignore_errors=True)
+        if folder.exists():
+            os.replace(folder, replaced)
         os.replace(aside, folder)
     except Exception as error:  # safetensors and torch raise errors of their own when the disk is full
         shutil.rmtree(aside, ignore_errors=True)
         raise CheckpointError(f"could not save {folder} ({error}); earlier checkpoints are untouched") from error
-    for old in checkpoints(folder.parent)[:-KEEP]:
-        shutil.rmtree(old)
+    shutil.rmtree(replaced, ignore_errors=True)
+
+
+# -------------------------------------------------------------------------------------------------- what is on disk
 
 
 def checkpoints(out: Path) -> list[Path]:
@@ -110,10 +186,18 @@ def verify_checkpoint(folder: Path) -> None:
         raise CheckpointError(f"{folder} is no complete checkpoint ({error})") from error
     if not isinstance(expected, dict):
         raise CheckpointError(f"{folder} is no complete checkpoint ({CHECKSUMS} holds no checksums)")
-    for name in sorted({"state.json", "optimizer.pt", *expected, *actual}):
+    for name in sorted({"state.json", *expected, *actual}):
         if expected.get(name) != actual.get(name) or name not in actual:
             state = "missing" if name not in actual else "damaged" if name in expected else f"not in {CHECKSUMS}"
-            raise CheckpointError(f"{folder} cannot be used: {name} is {state}; delete the folder to fall back")
+            raise CheckpointError(f"{folder} cannot be used: {name} is {state}")
+
+
+def restore(folder: Path, learner: Learner) -> None:
+    """Restore the optimizer of a learner whose policy was loaded from this checkpoint, in place."""
+    if (folder / SHARDS).exists():
+        load_shards(folder / SHARDS, learner.policy.model, learner.optimizer)
+    else:
+        load_optimizer(folder, learner.optimizer)
 
 
 def load_optimizer(folder: Path, optimizer: torch.optim.Optimizer) -> None:
@@ -129,24 +213,3 @@ def _checksums(folder: Path) -> dict[str, str]:
 def _digest(path: Path) -> str:
     with path.open("rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
-
-
-class StopRequest:
-    """Ctrl-C, or SIGTERM, asks a run to stop when its iteration is complete; a second Ctrl-C stops it at once."""
-
-    def __init__(self):
-        self.since: float | None = None
-        signal.signal(signal.SIGINT, self._ask)
-        signal.signal(signal.SIGTERM, self._ask)
-
-    def _ask(self, number: int, _frame) -> None:
-        # A launcher passes on the signal that the terminal has already sent: the same key press, not a second one.
-        if number == signal.SIGINT and self.since is not None and time.monotonic() - self.since > 1:
-            raise KeyboardInterrupt
-        if self.since is None:
-            self.since = time.monotonic()
-            tqdm.write("stopping when this iteration is complete; Ctrl-C once more stops at once and loses it")
-
-    def requested(self, accelerator: Accelerator) -> bool:
-        """Whether any rank was asked; all ranks must call this together and get the same answer."""
-        return any(gather_object([self.since is not None]))

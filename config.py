@@ -4,7 +4,6 @@ Making a configuration checks its values and reads no file: whether data are the
 """
 
 import argparse
-import importlib.util
 import json
 import math
 import sys
@@ -13,6 +12,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Literal, TypeVar
 
+from accelerate.tracking import LOGGER_TYPE_TO_CLASS, get_available_trackers
 from transformers import HfArgumentParser
 
 from empg import AGGREGATIONS, NORMALIZATIONS
@@ -105,6 +105,10 @@ class TrainConfig(WorldConfig):
     )
     out: str | None = field(default=None, metadata={"help": "folder of the run; default: out/WORLD"})
     resume: bool = field(default=False, metadata={"help": "go on from the newest checkpoint in --out"})
+    dry_run: int = field(
+        default=0, metadata={"help": "say what a run on this many processes takes, load nothing, and end"}
+    )
+    gpu_memory: float = field(default=80, metadata={"help": "of one device, GB; for --dry_run"})
     seed: int = field(default=0, metadata={"help": "of weights, tasks and sampling"})
     # the method
     algorithm: str = field(default="grpo", metadata={"help": f"{' or '.join(ALGORITHMS)}: sets the flags marked *"})
@@ -154,8 +158,16 @@ class TrainConfig(WorldConfig):
     learning_rate: float = field(default=4e-4, metadata={"help": "of AdamW"})
     epochs: int = field(default=1, metadata={"help": "passes over the episodes of an iteration"})
     mini_batches: int = field(default=2, metadata={"help": "optimizer steps of a pass"})
-    micro_batch_size: int = field(default=16, metadata={"help": "episodes of one forward and backward pass, per rank"})
+    micro_batch_tokens: int = field(
+        default=8192, metadata={"help": "tokens of one forward and backward pass, padding included, per rank"}
+    )
+    old_logp: Literal["captured", "recompute"] = field(
+        default="captured", metadata={"help": "old log-probs: the sampler's, or the trainer's before its first step"}
+    )
     max_grad_norm: float = field(default=1.0, metadata={"help": "gradients are scaled down to this norm"})
+    fsdp: bool = field(
+        default=False, metadata={"help": "divide weights, gradients and optimizer among the processes (FSDP2)"}
+    )
     gradient_checkpointing: bool = field(default=False, metadata={"help": "compute activations twice to save memory"})
     # the warm start of the tiny model
     demonstrations: int = field(default=2400, metadata={"help": "episodes of the careless player that it imitates"})
@@ -168,9 +180,7 @@ class TrainConfig(WorldConfig):
     eval_tasks: int = field(default=256, metadata={"help": "held-out tasks, the first of the split"})
     eval_every: int = field(default=30, metadata={"help": "iterations between evaluations"})
     checkpoint_every: int = field(default=20, metadata={"help": "iterations between checkpoints"})
-    report_to: Literal["none", "tensorboard", "wandb"] = field(
-        default="none", metadata={"help": "tracker beside the file"}
-    )
+    report_to: str = field(default="none", metadata={"help": f"a tracker, too: {', '.join(LOGGER_TYPE_TO_CLASS)}"})
 
     def __post_init__(self):
         if self.algorithm not in ALGORITHMS:
@@ -186,17 +196,21 @@ class TrainConfig(WorldConfig):
             raise ValueError(f"aggregation must be {' or '.join(AGGREGATIONS)}, got {self.aggregation}")
         if self.normalization not in NORMALIZATIONS:
             raise ValueError(f"normalization must be {' or '.join(NORMALIZATIONS)}, got {self.normalization}")
-        if self.report_to != "none" and importlib.util.find_spec(self.report_to) is None:
+        if self.report_to not in ("none", *LOGGER_TYPE_TO_CLASS):
+            raise ValueError(
+                f"report_to must be none or one of {', '.join(LOGGER_TYPE_TO_CLASS)}, got {self.report_to}"
+            )
+        if self.report_to != "none" and self.report_to not in map(str, get_available_trackers()):
             raise ValueError(f"report_to {self.report_to} needs the package: pip install {self.report_to}")
 
     def _check_numbers(self) -> None:
-        counts = ("iterations", "tasks_per_iteration", "max_rounds", "epochs", "mini_batches", "micro_batch_size")
+        counts = ("iterations", "tasks_per_iteration", "max_rounds", "epochs", "mini_batches", "micro_batch_tokens")
         _require(
             self, *counts, "batch_size", "eval_tasks", "eval_every", "checkpoint_every", "max_step_tokens", least=1
         )
         _require(self, "group_size", least=2)  # a group baseline
         _require(self, "demonstrations", least=4)  # one batch of the imitation
-        _require(self, "threads", "seed", "zeta", "kl_coef", "overlong_buffer", least=0)
+        _require(self, "dry_run", "threads", "seed", "zeta", "kl_coef", "overlong_buffer", least=0)
         _require(self, "slip", "clip_low", least=0, most=1)
         _require(self, "clip_high", least=0)
         _require(self, "k", "k_future")
@@ -210,6 +224,10 @@ class TrainConfig(WorldConfig):
     def held_out(self) -> str:
         """The split of the evaluations."""
         return self.eval_split or held_out_splits(self.env)[0]
+
+    def is_evaluated(self, iteration: int) -> bool:
+        """Whether the policy is evaluated after this iteration; 0 is before training."""
+        return iteration % self.eval_every == 0 or iteration == self.iterations
 
 
 # ---------------------------------------------------------------------------------------------------- evaluation

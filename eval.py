@@ -11,6 +11,9 @@ as its training run played it, on the same tasks, with the same limits and rando
 
 import json
 import os
+from collections.abc import Iterator
+from contextlib import contextmanager, nullcontext
+from datetime import timedelta
 from operator import itemgetter
 from pathlib import Path
 
@@ -18,28 +21,39 @@ import numpy as np
 import torch
 import transformers
 from accelerate import Accelerator
-from accelerate.utils import gather_object
+from accelerate.utils import InitProcessGroupKwargs
 from scipy import stats
 
 from config import EvalConfig, TrainConfig, parse_eval_config
 from envs import PLAYERS, Env, example, held_out_splits, make_envs
 from episode import Episode, Task, save_episodes
-from policy import Policy, PolicyError, load_policy
+from policy import Policy, PolicyError, load_policy, require_context
 from record import RecordError, reporting, require_writable
 from rollout import play_scripted, rollout
+from sampler import sampling_weights
+from sharding import gathered, sharding_accelerator
+from stopping import play_together
+
+# How long a rank waits for another. One whose episodes are long may sample for an hour while the others wait, and NCCL
+# would give up after ten minutes. When a rank dies, the launcher ends the others at once.
+PATIENCE = timedelta(hours=4)
 
 # --------------------------------------------------------------------------------------------------------- playing
 
 
-def start_ranks(threads: int, **options) -> Accelerator:
+def start_ranks(threads: int, fsdp: bool = False, **options) -> Accelerator:
     """This process as one of the ranks that the launcher started; options go to Accelerator.
 
     threads: of this process on the CPU; 0 shares the cores among the ranks, where launchers leave one thread to each.
+    fsdp: models will be divided among the ranks.
 
     Ends the program if the launcher started others than there are ranks: each would do the whole work.
     """
+    if os.environ.get("ACCELERATE_USE_FSDP") == "true" and not fsdp:
+        raise SystemExit("this launcher's configuration shards models in its own way: use runs/accelerate, and --fsdp")
     # Without a GPU the ranks find each other only if they are told to stay on the CPU.
-    accelerator = Accelerator(cpu=not torch.cuda.is_available(), **options)
+    options |= {"cpu": not torch.cuda.is_available(), "kwargs_handlers": [InitProcessGroupKwargs(timeout=PATIENCE)]}
+    accelerator = sharding_accelerator(**options) if fsdp else Accelerator(**options)
     launched = int(os.environ.get("WORLD_SIZE", 1))
     if accelerator.num_processes != launched:
         raise SystemExit(
@@ -49,6 +63,15 @@ def start_ranks(threads: int, **options) -> Accelerator:
     if accelerator.device.type == "cpu":
         torch.set_num_threads(threads or max(1, os.cpu_count() // accelerator.num_processes))
     return accelerator
+
+
+@contextmanager
+def enough_memory(work: str, advice: str) -> Iterator[None]:
+    """Ends the program with one line, which gives the advice, if the memory of the GPU runs out within."""
+    try:
+        yield
+    except torch.OutOfMemoryError as error:
+        raise SystemExit(f"out of GPU memory while {work}: {advice}") from error
 
 
 def open_envs(config: EvalConfig | TrainConfig, number: int, splits: list[str]) -> list[Env]:
@@ -78,6 +101,7 @@ def first_tasks(env: Env, name: str, split: str, number: int) -> list[Task]:
     return [Task(name, split, seed) for seed in range(number if size is None else min(number, size))]
 
 
+@enough_memory("sampling", "lower --batch_size")
 def evaluate(
     player: str | Policy, envs: list[Env], tasks: list[Task], config: EvalConfig | TrainConfig, accelerator: Accelerator
 ) -> list[Episode]:
@@ -87,13 +111,19 @@ def evaluate(
     """
     rank, ranks = accelerator.process_index, accelerator.num_processes
     mine = tasks[rank::ranks]
-    if isinstance(player, str):
-        episodes = play_scripted(envs[0], mine, PLAYERS[player], config.seed, desc=player)
-    else:
-        seeds = [(config.seed, task.seed) for task in mine]
-        limits = {"max_step_tokens": config.max_step_tokens, "max_tokens": config.max_tokens}
-        episodes = rollout(player, envs, mine, seeds, temperature=config.temperature, desc="evaluate", **limits)
-    numbered = gather_object(list(zip(range(rank, len(tasks), ranks), episodes, strict=True)))
+
+    def play() -> list[tuple[int, Episode]]:
+        if isinstance(player, str):
+            episodes = play_scripted(envs[0], mine, PLAYERS[player], config.seed, desc=player)
+        else:
+            seeds = [(config.seed, task.seed) for task in mine]
+            limits = {"max_step_tokens": config.max_step_tokens, "max_tokens": config.max_tokens}
+            with sampling_weights(player.model, accelerator.mixed_precision):
+                episodes = rollout(player, envs, mine, seeds, temperature=config.temperature, desc="evaluate", **limits)
+        return list(zip(range(rank, len(tasks), ranks), episodes, strict=True))
+
+    with nullcontext() if isinstance(player, str) else gathered(player.model):
+        numbered = play_together(play)
     return require_steps([episode for _, episode in sorted(numbered, key=itemgetter(0))])
 
 
@@ -239,6 +269,7 @@ def run(config: EvalConfig, accelerator: Accelerator) -> None:
     players = [name if name in PLAYERS else load_policy(name) for name in names]
     policies = [player for player in players if isinstance(player, Policy)]
     for policy in policies:
+        require_context(policy, config.max_tokens)
         policy.model.to(accelerator.device)
     envs = open_envs(config, config.batch_size if policies else 1, config.split)
     splits = config.split or [split for split in held_out_splits(config.env) if has_tasks(envs[0], split)]

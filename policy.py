@@ -10,8 +10,7 @@ Decisions about templates:
 - Qwen3's template writes an empty <think> block into the last response and drops the blocks of earlier ones. Here
   nothing is inserted: a block that the policy samples stays in the conversation, and one that it does not is not there.
 
-Not covered: models whose weights are sharded over several devices (FSDP, ZeRO-3); models with sliding-window or linear
-attention, which are refused (see `require_full_attention`).
+Not covered: ZeRO-3; models with sliding-window or linear attention, which are refused (see `require_full_attention`).
 """
 
 import json
@@ -34,8 +33,9 @@ class PolicyError(RuntimeError):
 class Policy:
     """A causal LM and its tokenizer, with the turns of the chat template as token ids.
 
-    model: any AutoModelForCausalLM.  tokenizer: its fast tokenizer, with a chat template.
-    Raises ValueError if there is no template, or one that does not leave earlier turns as they are.
+    model: any AutoModelForCausalLM.  tokenizer: its fast tokenizer, with a chat template; it needs no padding token.
+    Raises ValueError if there is no template, or if it does not leave earlier turns as they are, or if what it writes
+    after a response does not begin with an added token.
     """
 
     def __init__(self, model, tokenizer):
@@ -50,15 +50,17 @@ class Policy:
         )
         self._before_response = self._encode_template(before_response)
         # The template closes the response with the stop token: the policy samples that one, the rest is inserted.
-        self.stop_id, *self._after_response = self._encode_template(after_response)
+        self.stop_id, *self._after_response = self._encode_template(after_response) or [None]
+        if self.stop_id not in tokenizer.added_tokens_decoder:
+            raise ValueError("the chat template ends a response without a stop token, so the policy could not end it")
 
     @property
     def device(self) -> torch.device:
         return self.model.device
 
-    def save(self, folder: Path) -> None:
-        """Write model and tokenizer so that `load_policy` reads them back."""
-        self.model.save_pretrained(folder)
+    def save(self, folder: Path, weights: dict[str, torch.Tensor] | None = None) -> None:
+        """Write model and tokenizer so that `load_policy` reads them back. weights: all of a sharded model."""
+        self.model.save_pretrained(folder, state_dict=weights)
         self.tokenizer.save_pretrained(folder)
 
     # ----------------------------------------------------------------------------------------- texts to token ids
@@ -127,12 +129,13 @@ def _without_added_tokens(tokenizer: PreTrainedTokenizerFast) -> Tokenizer:
 def load_policy(path: str, dtype: torch.dtype = torch.float32) -> Policy:
     """A policy from a folder or a hub id. Raises PolicyError, in one line, if there is none or it cannot be used."""
     try:
-        _require_model(path)
+        require_model(path)
         # Not AutoTokenizer: for some model types, Qwen2 among them, it replaces the saved pre-tokenizer by that of the
         # family. A tiny Qwen2 with a tokenizer of its own then reads ids that it was never trained on.
         tokenizer = PreTrainedTokenizerFast.from_pretrained(path)
         model = AutoModelForCausalLM.from_pretrained(path, dtype=dtype)
         require_full_attention(model.config)
+        require_vocabulary(model.config, tokenizer)
         return Policy(model, tokenizer)
     except Exception as error:  # a cut file, a broken template, no such model: each library has its own class
         reason = (str(error).strip() or type(error).__name__).splitlines()[0]
@@ -151,7 +154,25 @@ def require_full_attention(config) -> None:
         raise ValueError(f"only models with full attention in every layer are supported, this one has {names}")
 
 
-def _require_model(path: str) -> None:
+def require_vocabulary(config, tokenizer: PreTrainedTokenizerFast) -> None:
+    """Raises ValueError if the tokenizer has ids that the model does not know.
+
+    A model may have more ids than the tokenizer: Qwen2.5's vocabulary is padded to 151,936. The policy can sample such
+    an id, and then it is trained like any other; as text it is empty.
+    """
+    largest, vocabulary = max(tokenizer.get_vocab().values()), config.get_text_config().vocab_size
+    if largest >= vocabulary:
+        raise ValueError(f"the tokenizer's ids go up to {largest}, but the model's vocabulary has {vocabulary} only")
+
+
+def require_context(policy: Policy, max_tokens: int) -> None:
+    """Raises PolicyError if an episode of max_tokens is longer than the positions that the model was made for."""
+    positions = getattr(policy.model.config.get_text_config(), "max_position_embeddings", None)
+    if positions is not None and max_tokens > positions:
+        raise PolicyError(f"the model has {positions} positions; --max_tokens {max_tokens} must not be more")
+
+
+def require_model(path: str) -> None:
     """Raises OSError if there is neither a folder nor a cached or reachable model of that name."""
     if Path(path).is_dir():
         return

@@ -85,6 +85,7 @@ def update_metrics(sums: dict[str, float]) -> dict:
     total, steps = {name: sum(part[name] for part in parts) for name in sums}, sums["optimizer_steps"]
     row = {"policy/loss": total["loss"] / steps}  # a rank's loss is its share of the whole
     row |= {f"policy/{name}": sums[name] / steps for name in ("grad_norm", "learning_rate")}
+    row["policy/kl_rollout"] = total["kl_rollout"] / max(1, total["rollout_tokens"])
     by_token = [name for name in ("clip_low", "clip_high", "kl_old", "kl_ref") if name in sums]
     return row | {f"policy/{name}": total[name] / total["tokens"] for name in by_token}
 
@@ -130,19 +131,27 @@ class Record:
             except Timeout:
                 raise RecordError(f"another run is writing to {self.out}; choose another folder with --out") from None
 
-    def begin(self, iteration: int) -> None:
-        """Write down what this run is, and forget what an earlier one did after `iteration`: it will happen again."""
+    def begin(self, last: int) -> None:
+        """Write down what this run is, and forget the rows after iteration `last`: they will come again.
+
+        last: of the rows that are kept; -1 for none.
+        """
         main = self.accelerator.is_main_process
         silent = {} if main else {"disable": True}  # not given on the main process, where TQDM_DISABLE decides
-        self.progress = tqdm(total=self.config.iterations, initial=iteration, desc="train", unit="iteration", **silent)
+        self.progress = tqdm(
+            total=self.config.iterations, initial=max(0, last), desc="train", unit="iteration", **silent
+        )
         flat = asdict(self.config) | {"env_args": " ".join(self.config.env_args)}
-        self.accelerator.init_trackers("empg", flat)
+        try:
+            self.accelerator.init_trackers("empg", flat)
+        except Exception as error:  # no network, no login, no space: each tracker has its own classes
+            raise RecordError(f"could not start {self.config.report_to}: {' '.join(str(error).split())}") from error
         if main:
             about = {"argv": sys.argv, "git": revision(), "ranks": self.accelerator.num_processes}
             self._replace("config.json", json.dumps(about | {"config": asdict(self.config)}, indent=1))
             for name in ("metrics.jsonl", "timings.jsonl"):
-                rows = self._rows(name) if iteration else []
-                self._replace(name, "".join(json.dumps(row) + "\n" for row in rows if row["iteration"] <= iteration))
+                rows = self._rows(name) if last >= 0 else []
+                self._replace(name, "".join(json.dumps(row) + "\n" for row in rows if row["iteration"] <= last))
 
     def _rows(self, name: str) -> list[dict]:
         try:

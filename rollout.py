@@ -17,142 +17,12 @@ from collections.abc import Callable
 
 import numpy as np
 import torch
-from torch import Tensor
 from tqdm import tqdm
-from transformers import DynamicCache
-from transformers.cache_utils import DynamicLayer
 
-from empg import token_logp_and_entropy
 from envs import Env, Player, format_response, parse_response
 from episode import Episode, Step, Task
-from policy import Dialogue, Policy, PolicyError
-
-# --------------------------------------------------------------------------------------------------------- sampling
-
-
-def sample(logits: Tensor, uniform: Tensor, temperature: float) -> Tensor:
-    """Tokens (B,) from softmax(logits / temperature) by inversion of its distribution function.
-
-    logits: (B, V).  uniform: (B,) float64 in [0, 1).  temperature 0 means the most likely token. In float64, where the
-    function of 150,000 tokens still ends at 1; a token of probability 0 is never drawn.
-    """
-    if temperature == 0:
-        return logits.argmax(-1)
-    distribution = (logits.double() / temperature).softmax(-1).cumsum(-1)  # (B, V)
-    target = uniform[:, None] * distribution[:, -1:]
-    return torch.searchsorted(distribution, target, right=True).squeeze(-1).clamp(max=logits.shape[-1] - 1)
-
-
-class SlotLayer(DynamicLayer):
-    """Keys and values of one attention layer, written in place: the token at position p of a row stands in column p.
-
-    transformers' own layer copies the whole past for every token. Here `keys` and `values`, (B, heads, columns, size),
-    are views of buffers that double when they are full. The last column of a buffer takes what belongs to no token.
-    """
-
-    slots: Tensor  # (B, n), the column of each of the next n tokens, -1 for padding
-    columns: int  # that will be in use then
-
-    def update(self, key_states: Tensor, value_states: Tensor, *args, **kwargs) -> tuple[Tensor, Tensor]:
-        """Write the states of n tokens, (B, heads, n, size), into their slots; returns all columns in use."""
-        if not self.is_initialized:
-            self.lazy_initialization(key_states, value_states)
-            self._buffers = [states[:, :, :0] for states in (key_states, value_states)]
-        if self.columns >= self._buffers[0].shape[2]:
-            used = self.get_seq_length()
-            self._buffers = [self._larger(buffer[:, :, :used]) for buffer in self._buffers]
-        row = torch.arange(len(self.slots), device=self.slots.device)[:, None]
-        for buffer, states in zip(self._buffers, (key_states, value_states), strict=True):
-            buffer[row, :, self.slots] = states.transpose(1, 2)
-        self.keys, self.values = (buffer[:, :, : self.columns] for buffer in self._buffers)
-        return self.keys, self.values
-
-    def batch_select_indices(self, indices: Tensor) -> None:
-        """Keep these rows of the batch, in this order; a row may come several times."""
-        if self.is_initialized:
-            self._buffers = [self._larger(states[indices]) for states in (self.keys, self.values)]
-            self.keys, self.values = (buffer[:, :, : self.columns] for buffer in self._buffers)
-
-    def _larger(self, states: Tensor) -> Tensor:
-        """A buffer that begins with the states. Zeros follow, because attention multiplies masked values by 0."""
-        buffer = states.new_zeros(*states.shape[:2], 2 * self.columns, states.shape[3])
-        buffer[:, :, : states.shape[2]] = states
-        return buffer
-
-
-class Sampler:
-    """Samples a response for every row of a batch, turn after turn, on one KV cache.
-
-    openings: the ids that each row begins with. Equal ones are read once. The last id is left for `respond`.
-    """
-
-    def __init__(self, policy: Policy, openings: list[list[int]], temperature: float, max_step_tokens: int):
-        self.policy, self.temperature, self.max_step_tokens = policy, temperature, max_step_tokens
-        self.cache = DynamicCache(config=policy.model.config)
-        self.cache.layers = [SlotLayer() for _ in self.cache.layers]
-        distinct = list(dict.fromkeys(tuple(ids[:-1]) for ids in openings))
-        self.length = torch.zeros(len(distinct), 1, dtype=torch.long, device=policy.device)  # (B, 1), tokens read
-        self._forward(*self._pad(distinct))
-        self.keep([distinct.index(tuple(ids[:-1])) for ids in openings])
-
-    def respond(self, pending: list[list[int]], uniform: Tensor) -> list[tuple[list[int], list[float], list[float]]]:
-        """Feed each row its `pending` ids and sample until it writes the stop token or max_step_tokens.
-
-        uniform: (B, max_step_tokens) random numbers in [0, 1).  Returns ids, logp and entropy (nats) for each row. The
-        last id of a response has not been fed yet: it belongs in front of the row's next pending ids.
-        Raises PolicyError if the logits are not finite.
-        """
-        ids, real = self._pad(pending)
-        uniform, open_rows, columns = uniform.to(self.policy.device), real[:, -1], []
-        for position in range(self.max_step_tokens):
-            logits = self._forward(ids, real)  # (B, V)
-            token = sample(logits, uniform[:, position], self.temperature)
-            # Greedy decoding has no distribution of its own; the record is that of temperature 1.
-            logp, entropy = token_logp_and_entropy(logits[:, None], token[:, None], self.temperature or 1.0)
-            columns.append((token, logp[:, 0], entropy[:, 0], open_rows))
-            open_rows = open_rows * (token != self.policy.stop_id)
-            if not open_rows.any():
-                break
-            ids, real = token[:, None], open_rows[:, None]
-        token, logp, entropy, kept = (torch.stack(column, 1) for column in zip(*columns, strict=True))  # (B, n)
-        if not logp[kept > 0].isfinite().all():
-            raise PolicyError("the policy's logits are not finite: its weights are damaged, or training diverged")
-        lengths, columns = kept.sum(1).tolist(), [part.tolist() for part in (token, logp, entropy)]
-        return [tuple(part[row][:length] for part in columns) for row, length in enumerate(lengths)]
-
-    def _pad(self, rows: list) -> tuple[Tensor, Tensor]:
-        """Ids (B, n), padded on the left with 0, and which of them are real, 1 or 0."""
-        width = max(map(len, rows))
-        ids = torch.tensor([[0] * (width - len(row)) + [*row] for row in rows], device=self.policy.device)
-        real = torch.tensor([[0] * (width - len(row)) + [1] * len(row) for row in rows], device=self.policy.device)
-        return ids, real
-
-    def _forward(self, ids: Tensor, real: Tensor) -> Tensor:
-        """Logits (B, V) after the last of the ids (B, n); `real` (B, n) is 0 for padding."""
-        slots = (self.length + real.cumsum(1) - 1).where(real > 0, -1)  # (B, n)
-        self.length = self.length + real.sum(1, keepdim=True)
-        columns = int(self.length.max())
-        for layer in self.cache.layers:
-            layer.slots, layer.columns = slots, columns
-        positions = slots.clamp(min=0)
-        causal = torch.arange(columns, device=slots.device) <= positions[:, None, :, None]  # (B, 1, n, columns)
-        output = self.policy.model(
-            input_ids=ids,
-            attention_mask=causal,
-            position_ids=positions,
-            past_key_values=self.cache,
-            use_cache=True,
-            logits_to_keep=1,
-        )
-        return output.logits[:, -1]
-
-    def keep(self, rows: list[int]) -> None:
-        """Make these the rows of the batch; every other row is dropped."""
-        if rows != list(range(len(self.length))):
-            index = torch.tensor(rows, dtype=torch.long, device=self.length.device)
-            self.cache.batch_select_indices(index)
-            self.length = self.length[index]
-
+from policy import Dialogue, Policy
+from sampler import Sampler
 
 # --------------------------------------------------------------------------------------------------------- episodes
 
@@ -224,26 +94,24 @@ def play_on(
     finished(len(episodes) - len(live))
     if not live:
         return episodes
-    sampler = Sampler(policy, [episodes[i].ids for i in live], temperature, max_step_tokens)
-    pending = [episodes[i].ids[-1:] for i in live]  # ids that the model has not read yet
+    sampler = Sampler(policy, [episodes[i].ids for i in live], temperature, max_step_tokens, max_tokens)
     while live:
         numbers = [uniform[i, len(episodes[i].ids) :][:max_step_tokens] for i in live]
-        responses = sampler.respond(pending, torch.from_numpy(np.stack(numbers)))
-        texts = policy.tokenizer.batch_decode([ids for ids, _, _ in responses], skip_special_tokens=True)
+        responses = sampler.respond([episodes[i].ids for i in live], torch.from_numpy(np.stack(numbers)))
+        texts = policy.tokenizer.batch_decode([response.ids for response in responses], skip_special_tokens=True)
         for i, (ids, logp, entropy), text in zip(live, responses, texts, strict=True):
             episodes[i].append_sampled(ids, logp, entropy)
             _step(episodes[i], envs[i], *parse_response(text), sum(entropy) / len(ids), len(ids))
         turns = policy.turn([episodes[i].steps[-1].observation for i in live])
-        for row, (i, turn) in enumerate(zip(live, turns, strict=True)):
-            last = responses[row][0][-1]
-            inserted = turn if last == policy.stop_id else [policy.stop_id, *turn]  # cut off: close the turn for it
-            pending[row] = [last, *inserted]
-            episodes[i].truncated |= not episodes[i].terminated and len(episodes[i].ids) + len(inserted) > limit
-            if not episodes[i].done:
-                episodes[i].insert(inserted)
+        for episode, turn in zip((episodes[i] for i in live), turns, strict=True):
+            stopped = episode.ids[-1] == policy.stop_id
+            inserted = turn if stopped else [policy.stop_id, *turn]  # the response was cut off: close the turn for it
+            episode.truncated |= not episode.terminated and len(episode.ids) + len(inserted) > limit
+            if not episode.done:
+                episode.insert(inserted)
         going = [row for row, i in enumerate(live) if not episodes[i].done]
         finished(len(live) - len(going))
-        live, pending = [live[row] for row in going], [pending[row] for row in going]
+        live = [live[row] for row in going]
         sampler.keep(going)
     return episodes
 

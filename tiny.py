@@ -63,11 +63,10 @@ def tiny_tokenizer(dialogues: list[Dialogue], vocab_size: int) -> PreTrainedToke
     )
 
 
-def tiny_policy(dialogues: list[Dialogue], config: TinyConfig, seed: int) -> Policy:
-    """An untrained tiny Qwen2; the same weights bit for bit for the same dialogues, configuration and seed."""
-    tokenizer = tiny_tokenizer(dialogues, config.vocab_size)
-    model_config = Qwen2Config(
-        vocab_size=len(tokenizer),
+def tiny_model_config(config: TinyConfig, vocab_size: int, **ids: int | None) -> Qwen2Config:
+    """The architecture of the tiny model. ids: of special tokens."""
+    return Qwen2Config(
+        vocab_size=vocab_size,
         hidden_size=config.hidden_size,
         num_hidden_layers=config.layers,
         num_attention_heads=config.heads,
@@ -76,10 +75,15 @@ def tiny_policy(dialogues: list[Dialogue], config: TinyConfig, seed: int) -> Pol
         max_position_embeddings=8192,
         tie_word_embeddings=True,
         initializer_range=config.initializer_range,
-        pad_token_id=tokenizer.pad_token_id,
-        eos_token_id=tokenizer.eos_token_id,
-        bos_token_id=None,
+        **ids,
     )
+
+
+def tiny_policy(dialogues: list[Dialogue], config: TinyConfig, seed: int) -> Policy:
+    """An untrained tiny Qwen2; the same weights bit for bit for the same dialogues, configuration and seed."""
+    tokenizer = tiny_tokenizer(dialogues, config.vocab_size)
+    ids = {"pad_token_id": tokenizer.pad_token_id, "eos_token_id": tokenizer.eos_token_id, "bos_token_id": None}
+    model_config = tiny_model_config(config, len(tokenizer), **ids)
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         return Policy(AutoModelForCausalLM.from_config(model_config, dtype=torch.float32), tokenizer)

@@ -5,36 +5,27 @@
     accelerate launch train.py --policy Qwen/Qwen2.5-1.5B-Instruct   a real model
     accelerate launch train.py --resume                              go on where the run in --out stopped
     torchrun --nproc_per_node 2 train.py                             two processes, with or without GPUs
+    torchrun --nproc_per_node 2 train.py --fsdp                      each of them with half of the model
 
-An iteration has eight beats: 1, 7 and 8 in `train`, 2 to 4 in `assign_credit`, 5 and 6 in `learn`. Every rank samples
+An iteration has eight beats: 1, 7 and 8 in `iterate`, 2 to 4 in `assign_credit`, 5 and 6 in `learn`. Every rank samples
 its own groups and gets those of all ranks, so EMPG's statistics, the normalisers and the metrics are those of the whole
 batch. Only sampling, forward and backward are divided among the ranks.
 
 Differences from the papers: DAPO's length penalty counts the tokens of the whole episode, observations included.
-Not covered: models whose weights do not fit on one device.
+Not covered: models whose weights, in the type that they compute in, do not fit on one device.
 """
 
-import contextlib
 from collections import defaultdict
-from operator import itemgetter
 from pathlib import Path
 
-import numpy as np
 import torch
 import transformers
 from accelerate import Accelerator
-from accelerate.utils import broadcast_object_list, gather_object
-from tqdm import tqdm
+from accelerate.utils import broadcast_object_list
 
-from checkpoint import (
-    CheckpointError,
-    StopRequest,
-    checkpoint_path,
-    load_optimizer,
-    run_position,
-    save_checkpoint,
-)
+from checkpoint import CheckpointError, checkpoint_path, keep_best, restore, run_position, save
 from config import TrainConfig, parse_config
+from cost import dry_run
 from empg import (
     NORMALIZATIONS,
     center,
@@ -48,47 +39,64 @@ from empg import (
     step_entropy,
 )
 from envs import Env, careless_player, fingerprint
-from episode import Batch, Episode, Task, collate, save_episodes
-from eval import evaluate, first_tasks, open_envs, require_steps, start_ranks, summarize, table
-from policy import Dialogue, PolicyError
+from episode import Batch, collate, save_episodes
+from eval import enough_memory, evaluate, first_tasks, open_envs, start_ranks, summarize, table
+from groups import sample_groups, train_task
+from policy import Dialogue, PolicyError, require_context
 from record import Modulation, Record, RecordError, episode_metrics, eval_metrics, step_metrics, update_metrics
-from rollout import dialogue, play_scripted, rollout
+from rollout import dialogue, play_scripted
+from sharding import whole
+from stopping import Stopped, StopRequest, lost_a_rank
 from tiny import TinyConfig, warm_start
 from update import (
     Learner,
     NotFiniteError,
+    gradient_sync,
     make_learner,
     micro_batch_loss,
     micro_batches,
     mini_batches,
+    recompute_old_logp,
     require_finite,
 )
 
 
 def train(config: TrainConfig) -> None:
     """The whole run: prepare, iterate, report."""
-    accelerator = start_ranks(config.threads, log_with=None if config.report_to == "none" else config.report_to)
+    tracker = {} if config.report_to == "none" else {"log_with": config.report_to, "project_dir": config.out}
+    accelerator = start_ranks(config.threads, config.fsdp, **tracker)
     envs = open_envs(config, config.batch_size, ["train", config.held_out])
     record = Record(config, accelerator)
-    held_out = first_tasks(envs[0], config.env, config.held_out, config.eval_tasks)
     learner, state = prepare(config, accelerator, envs[0])
-    record.begin(state["iteration"])
+    record.begin(state["iteration"] - ("row" in state))
     stop = StopRequest()
-    if state["iteration"] == 0:
-        state["before"] = summarize(evaluate(learner.policy, envs, held_out, config, accelerator))
-        record.row(0, eval_metrics(state["before"]))
+    try:
+        iterate(config, learner, envs, record, state)
+    except Stopped:
+        save(config, learner, state)
+        accelerator.end_training()
+        raise SystemExit(f"stopped after iteration {state['iteration']}; go on with --resume") from None
+    finally:
+        stop.close()
+    finish(config, accelerator, record, state)
 
+
+def iterate(config: TrainConfig, learner: Learner, envs: list[Env], record: Record, state: dict) -> None:
+    """The loop. Raises Stopped while it samples if the run was asked to stop; `state` is then ready to be saved."""
+    if "row" in state:  # before training, or the run was stopped when this row still lacked its evaluation
+        conclude(config, learner, envs, record, state)
     while state["iteration"] < config.iterations:
         # 1 sample episodes, groups of one task
         groups, row = sample_groups(config, learner, envs, state["next_task"])
         episodes = [episode for group in groups for episode in group]
         state |= {"iteration": state["iteration"] + 1, "next_task": state["next_task"] + row["group/tasks_used"]}
-        iteration, last = state["iteration"], state["iteration"] == config.iterations
+        state |= {"row": row, "after": None}
+        iteration = state["iteration"]
         record.lap("sample")
 
         # 2 to 6 learn from them, unless dynamic sampling found no group that differs in success
         if groups:
-            batch = collate(episodes, accelerator.device)  # (B, L), the episodes of all ranks
+            batch = collate(episodes, learner.accelerator.device)  # (B, L), the episodes of all ranks
             try:
                 modulation, sums = learn(config, learner, batch, iteration)
             except NotFiniteError as error:
@@ -99,21 +107,11 @@ def train(config: TrainConfig) -> None:
 
             # 7 log
             row |= episode_metrics(episodes, config.group_size) | step_metrics(modulation) | update_metrics(sums)
+            if config.is_evaluated(iteration):
+                record.episodes(iteration, episodes, modulation, learner.policy.tokenizer)
 
         # 8 evaluate, checkpoint
-        if last or iteration % config.eval_every == 0:
-            state["after"] = summarize(evaluate(learner.policy, envs, held_out, config, accelerator))
-            row |= eval_metrics(state["after"])
-            if groups:
-                record.episodes(iteration, episodes, modulation, learner.policy.tokenizer)
-        record.row(iteration, row)
-        stopped = stop.requested(accelerator)
-        if last or stopped or iteration % config.checkpoint_every == 0:
-            save(config, learner, state)
-        if stopped and not last:
-            raise SystemExit(f"stopped after iteration {iteration}; go on with the same command and --resume")
-
-    finish(config, accelerator, record, state)
+        conclude(config, learner, envs, record, state)
 
 
 def assign_credit(config: TrainConfig, batch: Batch) -> Modulation:
@@ -124,7 +122,8 @@ def assign_credit(config: TrainConfig, batch: Batch) -> Modulation:
         reward = reward + soft_overlong_penalty(batch.length, limit=config.max_tokens, buffer=config.overlong_buffer)
     base = group_advantages(reward, config.group_size)  # (B,)
 
-    # 3 old log-probs and entropy were captured while sampling; the reference's log-probs come with the loss, in beat 5
+    # 3 entropy was captured while sampling, and so were the old log-probs, unless `learn` is to compute them again; the
+    #   reference's log-probs come with the loss, in beat 5
     entropy, valid = step_entropy(batch.token_entropy, batch.step_ids)  # (B, S), nats
 
     # 4 modulate by step entropy: A_final = A g(H_t) + zeta f(H_t+1), minus its mean over all steps
@@ -139,6 +138,7 @@ def assign_credit(config: TrainConfig, batch: Batch) -> Modulation:
     return Modulation(base, entropy, valid, norm_entropy, g, f, center(base[:, None] * g + config.zeta * f, valid))
 
 
+@enough_memory("learning", "lower --micro_batch_tokens, or set --gradient_checkpointing")
 def learn(config: TrainConfig, learner: Learner, batch: Batch, iteration: int) -> tuple[Modulation, dict[str, float]]:
     """The algorithm: from the episodes of an iteration, (B, L), to new weights.
 
@@ -146,17 +146,22 @@ def learn(config: TrainConfig, learner: Learner, batch: Batch, iteration: int) -
     Raises NotFiniteError instead of taking a bad step.
     """
     accelerator, sums = learner.accelerator, defaultdict(float)
+    # No dropout: old and new log-probs must be of the same policy. Only gradient checkpointing needs training mode.
+    learner.model.train(config.gradient_checkpointing)
 
     # 2 to 4
     modulation = assign_credit(config, batch)
     token_advantage = spread(modulation.advantage, batch.step_ids)  # (B, L)
+    if config.old_logp == "recompute":
+        batch, difference = recompute_old_logp(config, learner, batch)
+        sums |= difference
 
     # 5 micro-batches: loss, backward
     for rows in mini_batches(config, len(batch.ids), iteration):
         normalizer = loss_normalizer(batch.mask[rows], config.aggregation)  # of all ranks and micro-batches
-        parts, weight = micro_batches(config, accelerator, batch.length, rows)
-        for part in parts:
-            with contextlib.nullcontext() if part is parts[-1] else accelerator.no_sync(learner.model):
+        parts = micro_batches(config, accelerator, batch.length, rows)
+        for number, (part, weight) in enumerate(parts, 1):
+            with gradient_sync(learner, last=number == len(parts)):
                 loss, part_sums = micro_batch_loss(
                     config, learner, batch.select(part), token_advantage[part], normalizer
                 )
@@ -164,10 +169,13 @@ def learn(config: TrainConfig, learner: Learner, batch: Batch, iteration: int) -
                 accelerator.backward(weight * loss)
             for name, value in part_sums.items():
                 sums[name] += float(value) if weight else 0.0
+        # Up to the first step, sampler and trainer differ by rounding alone.
+        sums.setdefault("kl_rollout", sums["kl_old"])
+        sums.setdefault("rollout_tokens", sums["tokens"])
 
         # 6 clip and step
         grad_norm = accelerator.clip_grad_norm_(learner.model.parameters(), config.max_grad_norm)
-        sums["grad_norm"] += require_finite(float(grad_norm), rows)
+        sums["grad_norm"] += require_finite(whole(grad_norm), rows)
         learner.optimizer.step()
         learner.optimizer.zero_grad()
         sums["learning_rate"] += learner.optimizer.param_groups[0]["lr"]
@@ -180,7 +188,9 @@ def learn(config: TrainConfig, learner: Learner, batch: Batch, iteration: int) -
 
 def prepare(config: TrainConfig, accelerator: Accelerator, env: Env) -> tuple[Learner, dict]:
     """What a run learns with, and its position: at the start, or at the newest checkpoint."""
-    newest, state = run_position(config)
+    # The main process alone reads every checkpoint to its end to verify it.
+    found = [run_position(config) if accelerator.is_main_process else None]
+    newest, state = broadcast_object_list(found)[0]
     link = Path(config.out) / "first_policy"  # the policy that the run started from, for eval.py --compare
     first = str(link) if newest and link.exists() else first_policy(config, accelerator, env)
     if accelerator.is_main_process and Path(first).is_dir() and first != str(link):
@@ -188,8 +198,9 @@ def prepare(config: TrainConfig, accelerator: Accelerator, env: Env) -> tuple[Le
         link.unlink(missing_ok=True)
         link.symlink_to(Path(first).resolve(), target_is_directory=True)
     learner = make_learner(config, accelerator, str(newest or first), first)
+    require_context(learner.policy, config.max_tokens)
     if newest:
-        load_optimizer(newest, learner.optimizer)
+        restore(newest, learner)
     return learner, state
 
 
@@ -216,81 +227,36 @@ def demonstrations(config: TrainConfig, env: Env) -> list[Dialogue]:
     return [dialogue(env.instructions, episode) for episode in played]
 
 
-# ----------------------------------------------------------------------------------------- 1  sampling the episodes
+# --------------------------------------------------------------------------------- 8  evaluation, checkpoints, the end
 
 
-def train_task(config: TrainConfig, size: int | None, number: int) -> Task:
-    """The run's task number `number`: a new one every time, or all of a finite split in a new order on each pass."""
-    if size is None:
-        return Task(config.env, "train", config.seed * 10**9 + number)
-    order = np.random.default_rng([config.seed, number // size]).permutation(size)
-    return Task(config.env, "train", int(order[number % size]))
-
-
-def sample_round(config: TrainConfig, learner: Learner, envs: list[Env], first: int) -> list[list[Episode]]:
-    """One group of G episodes for each of the tasks from number `first` on; every rank plays its share and gets all."""
-    accelerator, size, group = learner.accelerator, envs[0].size("train"), config.group_size
-    numbers = range(first, first + config.tasks_per_iteration)[accelerator.process_index :: accelerator.num_processes]
-    episodes = rollout(
-        learner.policy,
-        envs,
-        tasks=[train_task(config, size, number) for number in numbers for _ in range(group)],
-        seeds=[(config.seed, number, episode) for number in numbers for episode in range(group)],
-        temperature=config.temperature,
-        max_step_tokens=config.max_step_tokens,
-        max_tokens=config.max_tokens,
-    )
-    mine = [(number, episodes[i * group : (i + 1) * group]) for i, number in enumerate(numbers)]
-    return [group for _, group in sorted(gather_object(mine), key=itemgetter(0))]
-
-
-def sample_groups(
-    config: TrainConfig, learner: Learner, envs: list[Env], next_task: int
-) -> tuple[list[list[Episode]], dict]:
-    """The groups of an iteration, the same on every rank, and metrics of all groups sampled for them.
-
-    Dynamic sampling (DAPO) keeps the groups in which some episodes succeed and some do not, and samples more until it
-    has enough, at most max_rounds times; then it goes on with what it has.
-    """
-    kept, solved, wanted, used = [], [], config.tasks_per_iteration, 0
-    while len(kept) < wanted and used < wanted * config.max_rounds:
-        groups = sample_round(config, learner, envs, next_task + used)
-        require_steps([episode for group in groups for episode in group])
-        used += wanted
-        solved += [sum(episode.success for episode in group) for group in groups]
-        if not config.dynamic_sampling:
-            kept = groups
-            break
-        kept += [group for group in groups if 0 < sum(episode.success for episode in group) < config.group_size]
-    if len(kept) < wanted and learner.accelerator.is_main_process:
-        tqdm.write(f"dynamic sampling: of {used} groups only {len(kept)} differ in success; going on with these")
-    kept = kept[:wanted]
-    success = sum(solved) / (len(solved) * config.group_size)
-    return kept, {"group/tasks_used": used, "group/kept": len(kept), "group/success": success}
-
-
-# --------------------------------------------------------------------------------------------- 8  checkpoints, the end
-
-
-def save(config: TrainConfig, learner: Learner, state: dict) -> None:
-    """A checkpoint, by the main process; the others wait for it."""
-    if learner.accelerator.is_main_process:
-        folder = checkpoint_path(Path(config.out), state["iteration"])
-        save_checkpoint(folder, learner.policy, learner.optimizer, state)
-    learner.accelerator.wait_for_everyone()
+def conclude(config: TrainConfig, learner: Learner, envs: list[Env], record: Record, state: dict) -> None:
+    """The end of an iteration: evaluate if it is time, write its row, save if it is time."""
+    iteration = state["iteration"]
+    if config.is_evaluated(iteration):
+        tasks = first_tasks(envs[0], config.env, config.held_out, config.eval_tasks)
+        summary = summarize(evaluate(learner.policy, envs, tasks, config, learner.accelerator))
+        state["after" if iteration else "before"] = summary
+        state["row"] |= eval_metrics(summary)
+        if iteration:
+            keep_best(config, learner, state)
+    record.row(iteration, state.pop("row"))
+    if iteration and (iteration % config.checkpoint_every == 0 or iteration == config.iterations):
+        save(config, learner, state)
 
 
 def finish(config: TrainConfig, accelerator: Accelerator, record: Record, state: dict) -> None:
     """The table, the picture, and where everything is."""
     record.progress.close()
     accelerator.end_training()
-    summaries = {name: state[name] for name in ("before", "after")}
+    summaries = {name: state[name] for name in ("before", "after", "best")}
     record.result(summaries)
     if accelerator.is_main_process:
         out = Path(config.out)
         tasks = f"{config.env}, {state['after']['episodes']} held-out tasks, temperature {config.temperature}"
-        print(f"\n{tasks}\n\n{table(summaries)}")
+        print(f"\n{tasks}\n\n{table({name: summaries[name] for name in ('before', 'after')})}")
         print(f"\nbefore: {out / 'first_policy'}   after: {checkpoint_path(out, state['iteration'])}")
+        print(f"best: {out / 'best'}, of iteration {state['best']['iteration']}")
         print(f"curves: {out / 'curves.png'}   metrics: {out / 'metrics.jsonl'}")
 
 
@@ -298,9 +264,18 @@ def main() -> None:
     config = parse_config(TrainConfig)
     transformers.utils.logging.disable_progress_bar()
     try:
-        train(config)
+        if config.dry_run:
+            print(dry_run(config))
+        else:
+            train(config)
     except (CheckpointError, PolicyError, RecordError) as error:
         raise SystemExit(str(error)) from error
+    except RuntimeError as error:
+        if not lost_a_rank(error):
+            raise
+        raise SystemExit(
+            "another process of this run has ended; go on from the last checkpoint with --resume"
+        ) from None
     except KeyboardInterrupt:
         raise SystemExit("stopped; the last checkpoint, if there is one, is complete: go on with --resume") from None
 

@@ -4,9 +4,10 @@ All ranks hold the whole batch and take every n-th row of each mini-batch. The n
 mini-batch, so its gradient is the same however the rows are divided into micro-batches and among ranks.
 """
 
+import contextlib
 import math
-from collections.abc import Iterator
-from dataclasses import dataclass
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, replace
 
 import numpy as np
 import torch
@@ -14,9 +15,11 @@ from accelerate import Accelerator
 from torch import Tensor
 
 from config import TrainConfig
-from empg import aggregate, kl_k3, policy_loss, token_logp_and_entropy
+from empg import aggregate, kl_k3, policy_loss
 from episode import Batch
 from policy import Policy, load_policy
+from scorer import scoring
+from sharding import prepare_frozen
 
 
 @dataclass(frozen=True)
@@ -32,16 +35,17 @@ class Learner:
 
 def make_learner(config: TrainConfig, accelerator: Accelerator, path: str, first: str) -> Learner:
     """The policy at `path` and a new optimizer, prepared by the accelerator, and the reference at `first` if there is a
-    KL term. Raises PolicyError if a policy cannot be loaded."""
+    KL term. Raises PolicyError if a policy cannot be loaded or used."""
     policy = load_policy(path)
-    reference = load_policy(first).model.to(accelerator.device) if config.kl_coef else None
-    # No dropout: old and new log-probs must be of the same policy. Only gradient checkpointing needs training mode.
-    policy.model.train(config.gradient_checkpointing)
+    scoring(policy.model)
     if config.gradient_checkpointing:
-        policy.model.gradient_checkpointing_enable()
+        policy.model.activation_checkpointing_enable()
     optimizer = torch.optim.AdamW(policy.model.parameters(), lr=config.learning_rate, weight_decay=0.0)
     model, optimizer = accelerator.prepare(policy.model, optimizer)
     policy.model = accelerator.unwrap_model(model)
+    reference = None
+    if config.kl_coef:
+        reference = prepare_frozen(accelerator, scoring(load_policy(first).model))
     return Learner(accelerator, policy, model, optimizer, reference)
 
 
@@ -71,28 +75,67 @@ def mini_batches(config: TrainConfig, episodes: int, iteration: int) -> Iterator
 
 
 def micro_batches(
-    config: TrainConfig, accelerator: Accelerator, length: Tensor, rows: list[int]
-) -> tuple[list[list[int]], int]:
-    """This rank's share of a mini-batch in parts of micro_batch_size rows, and the weight of their losses.
+    config: TrainConfig, accelerator: Accelerator, length: Tensor, rows: Sequence[int]
+) -> list[tuple[list[int], int]]:
+    """This rank's share of a mini-batch in parts of at most micro_batch_tokens tokens, each with its loss's weight.
 
-    length: (B,), tokens of each episode. Rows are sorted by length, so that little of a part is padding. DDP takes the
-    mean over ranks of what is a sum, hence the weight. It needs every rank in the backward pass, so a rank without rows
-    runs one row with weight 0.
+    length: (B,), tokens of each episode. Rows are sorted by length, so that little of a part is padding. The weight is
+    the number of ranks, because their gradients are averaged where they must be added. Ranks work together in every
+    part, so each has the same number of them: a rank with too few runs one row with weight 0 instead.
     """
     rank, ranks = accelerator.process_index, accelerator.num_processes
-    mine = sorted(rows[rank::ranks] or rows[:1], key=lambda row: int(length[row]))
-    parts = [mine[i : i + config.micro_batch_size] for i in range(0, len(mine), config.micro_batch_size)]
-    return parts, ranks if len(rows) > rank else 0
+    lengths = length.tolist()
+    rows = sorted(rows, key=lambda row: lengths[row])
+    shares = [split_by_tokens(rows[i::ranks], lengths, config.micro_batch_tokens) for i in range(ranks)]
+    missing = max(map(len, shares)) - len(shares[rank])
+    return [(part, ranks) for part in shares[rank]] + [(rows[:1], 0)] * missing
+
+
+def split_by_tokens(rows: list[int], lengths: list[int], budget: int) -> list[list[int]]:
+    """Rows, sorted by length, in parts of at most `budget` tokens, padding included. A longer row is alone."""
+    parts: list[list[int]] = []
+    for row in rows:
+        if parts and (len(parts[-1]) + 1) * lengths[row] <= budget:
+            parts[-1].append(row)
+        else:
+            parts.append([row])
+    return parts
+
+
+def gradient_sync(learner: Learner, last: bool) -> contextlib.AbstractContextManager:
+    """For a backward pass: gradients stay with their rank until the `last` part of a mini-batch adds them up.
+
+    Sharded ones are added up in every part, because no rank has room for a whole gradient.
+    """
+    if last or learner.accelerator.is_fsdp2:
+        return contextlib.nullcontext()
+    return learner.accelerator.no_sync(learner.model)
 
 
 # --------------------------------------------------------------------------------------------------------- the loss
 
 
-def sampled_logp(model: torch.nn.Module, batch: Batch, columns: Tensor, temperature: float) -> Tensor:
-    """Log-probabilities (B, n) of ids[:, columns], nats; logits are computed at these positions only."""
+def sampled_logp(model: torch.nn.Module, batch: Batch, temperature: float) -> Tensor:
+    """Log-probabilities (B, L) of the tokens that were sampled, nats; 0 elsewhere.  model: as `scoring` returns it."""
     # No attention mask: the padding is on the right, where a causal model does not look.
-    logits = model(input_ids=batch.ids, logits_to_keep=columns - 1, use_cache=False).logits  # (B, n, V)
-    return token_logp_and_entropy(logits, batch.ids[:, columns], temperature)[0]
+    logp, _ = model(input_ids=batch.ids, sampled=batch.mask, temperature=temperature)  # (N,)
+    return logp.new_zeros(batch.ids.shape).masked_scatter(batch.mask, logp)
+
+
+@torch.no_grad()
+def recompute_old_logp(config: TrainConfig, learner: Learner, batch: Batch) -> tuple[Batch, dict[str, float]]:
+    """The batch with the trainer's log-probs in place of those that were captured while sampling.
+
+    Also returns sums over its sampled tokens, for the record: how far the two are apart.
+    """
+    logp = torch.zeros_like(batch.old_logp)
+    for part, weight in micro_batches(config, learner.accelerator, batch.length, range(len(batch.ids))):
+        scored = sampled_logp(learner.model, batch.select(part), config.temperature)
+        if weight:
+            logp[part, : scored.shape[1]] = scored
+    logp = learner.accelerator.reduce(logp, "sum")  # every rank scored some rows
+    kl = kl_k3(batch.old_logp, logp)  # 0 where nothing was sampled
+    return replace(batch, old_logp=logp), {"kl_rollout": float(kl.sum()), "rollout_tokens": float(batch.mask.sum())}
 
 
 def micro_batch_loss(
@@ -102,14 +145,12 @@ def micro_batch_loss(
 
     batch: the rows, (B, L).  token_advantage: (B, L or more).  normalizer: `loss_normalizer` of the mini-batch.
     """
-    columns = batch.mask.any(0).nonzero().squeeze(1)  # (n,) positions that some row sampled
-    mask = batch.mask[:, columns]
-    logp = sampled_logp(learner.model, batch, columns, config.temperature)
+    logp = sampled_logp(learner.model, batch, config.temperature)
     loss, sums = policy_loss(
         logp,
-        batch.old_logp[:, columns],
-        token_advantage[:, columns],
-        mask,
+        batch.old_logp,
+        token_advantage[:, : logp.shape[1]],
+        batch.mask,
         clip_low=config.clip_low,
         clip_high=config.clip_high,
         aggregation=config.aggregation,
@@ -117,8 +158,8 @@ def micro_batch_loss(
     )
     if learner.reference is not None:
         with torch.no_grad():
-            ref_logp = sampled_logp(learner.reference, batch, columns, config.temperature)
-        kl = kl_k3(logp, ref_logp).where(mask, 0)
-        loss = loss + config.kl_coef * aggregate(kl, mask, config.aggregation, normalizer)
+            ref_logp = sampled_logp(learner.reference, batch, config.temperature)
+        kl = kl_k3(logp, ref_logp)  # 0 where nothing was sampled
+        loss = loss + config.kl_coef * aggregate(kl, batch.mask, config.aggregation, normalizer)
         sums["kl_ref"] = kl.detach().sum()
     return loss, sums | {"loss": loss.detach()}

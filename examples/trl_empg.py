@@ -29,7 +29,8 @@ from config import TrainConfig, parse_config
 from empg import modulate, spread, step_entropy
 from envs import Env, make_envs, parse_response
 from eval import start_ranks
-from train import first_policy, train_task
+from groups import train_task
+from train import first_policy
 
 # ------------------------------------------------------------------------------------------------- EMPG, for any model
 
@@ -130,20 +131,28 @@ class AgentEnv:
         return self._reward
 
 
-def make_trainer(config: TrainConfig, policy: str, trainer: type[GRPOTrainer] = EMPGTrainer, **kwargs) -> GRPOTrainer:
+def make_trainer(
+    config: TrainConfig,
+    policy: str,
+    trainer: type[GRPOTrainer] = EMPGTrainer,
+    micro_batch_size: int = 16,
+    **kwargs,
+) -> GRPOTrainer:
     """TRL's trainer, or a subclass, with the world, batch, limits and loss of `config`. policy: folder of a tiny one.
+
+    micro_batch_size: episodes of one forward and backward pass of a process; TRL has no budget of tokens.
 
     TRL leaves a response that max_step_tokens cut off without a stop token; rollout.py inserts one.
     """
     # TRL calls parse_response only if there is a response_template.
     tokenizer = ReActTokenizer.from_pretrained(policy, chat_template=CHAT_TEMPLATE, response_template="ReAct")
     cpu = not torch.cuda.is_available()
-    rows = config.micro_batch_size * PartialState(cpu=cpu).num_processes  # episodes of all processes at once
+    rows = micro_batch_size * PartialState(cpu=cpu).num_processes  # episodes of all processes at once
     micro_batches = config.tasks_per_iteration * config.group_size // rows
     args = GRPOConfig(
         output_dir=config.out,
         max_steps=config.iterations * config.mini_batches,
-        per_device_train_batch_size=config.micro_batch_size,
+        per_device_train_batch_size=micro_batch_size,
         steps_per_generation=micro_batches,
         gradient_accumulation_steps=micro_batches // config.mini_batches,
         num_generations=config.group_size,

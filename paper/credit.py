@@ -40,6 +40,7 @@ from paper.value import play_continuations, values
 from policy import Policy, PolicyError, load_policy
 from record import modulated, revision
 from rollout import rollout
+from scorer import scoring
 from train import assign_credit
 from update import sampled_logp
 
@@ -163,8 +164,8 @@ def gradient_products(
     advantages: for each method, (n,).  The loss is that of the first optimizer step of an iteration: the ratio is 1.
     The mean of the gradients of all groups is the gradient of the loss of all episodes, for either aggregation.
     """
-    policy.model.eval()
-    batch, parameters = collate(episodes, policy.device), [p for p in policy.model.parameters() if p.requires_grad]
+    model = scoring(policy.model).eval()
+    batch, parameters = collate(episodes, policy.device), [p for p in model.parameters() if p.requires_grad]
     first_step = np.cumsum([0, *(len(episode.steps) for episode in episodes)])
     given = torch.from_numpy(np.stack(advantages)).float()  # (methods, n)
     normalizer = loss_normalizer(batch.mask, config.aggregation) * config.group_size / len(episodes)  # of a mean group
@@ -172,14 +173,12 @@ def gradient_products(
     for first in range(0, len(episodes), config.group_size):
         rows = list(range(first, first + config.group_size))
         part = batch.select(rows)
-        columns = part.mask.any(0).nonzero().squeeze(1)
-        mask = part.mask[:, columns]
-        logp = sampled_logp(policy.model, part, columns, config.temperature)
-        place = part.step_ids[:, columns].clamp(min=0) + torch.from_numpy(first_step[rows])[:, None]  # (G, columns)
+        logp = sampled_logp(model, part, config.temperature)  # (G, L)
+        place = part.step_ids.clamp(min=0) + torch.from_numpy(first_step[rows])[:, None]  # (G, L)
         of_method = []
         for number, advantage in enumerate(given, 1):
             values = -logp * advantage[place.clamp(max=given.shape[1] - 1)]
-            loss = aggregate(values, mask, config.aggregation, normalizer)
+            loss = aggregate(values, part.mask, config.aggregation, normalizer)
             grads = torch.autograd.grad(loss, parameters, retain_graph=number < len(given))
             of_method.append(torch.cat([grad.flatten() for grad in grads]))
         gradients.append(torch.stack(of_method))

@@ -1,7 +1,14 @@
 """Fixtures that more than one test file uses."""
 
+import json
+import sys
+from pathlib import Path
+
 import pytest
 
+import eval as evaluation
+import train
+from config import TrainConfig
 from envs import careless_player, make_envs
 from episode import Episode, Task
 from policy import Policy
@@ -42,3 +49,49 @@ def house_episodes(house_policy) -> list[Episode]:
     envs = [make_envs("house", [f"max_steps={steps}"], 1)[0] for steps in (1, 2, 3, 4, 4, 4)]
     tasks = [Task("house", "eval", seed) for seed in range(6)]
     return rollout(house_policy, envs, tasks, [(0, task.seed) for task in tasks], temperature=0.7, max_step_tokens=20)
+
+
+# Demonstrations that slip in every third step: about half of the episodes of a group succeed, at random.
+SMALL = {
+    "env": "coin",
+    "iterations": 2,
+    "tasks_per_iteration": 3,
+    "group_size": 4,
+    "mini_batches": 1,
+    "demonstrations": 240,
+    "slip": 0.6,
+    "eval_tasks": 6,
+    "eval_every": 2,
+    "checkpoint_every": 2,
+    "max_step_tokens": 24,
+    "max_tokens": 256,
+    "threads": 1,  # more are slower for so small a model, and far slower on a busy machine
+}
+
+
+@pytest.fixture(scope="session")
+def cache(tmp_path_factory) -> Path:
+    return tmp_path_factory.mktemp("warm_starts")
+
+
+@pytest.fixture
+def run(tmp_path, cache):
+    """run(name, **flags) trains in tmp_path/name and returns that folder."""
+
+    def run(name: str = "run", **flags) -> Path:
+        train.train(TrainConfig(**SMALL | {"out": str(tmp_path / name), "cache": str(cache)} | flags))
+        return tmp_path / name
+
+    return run
+
+
+@pytest.fixture
+def evaluate(monkeypatch, capsys):
+    """eval.py in this process: its result."""
+
+    def call(*argv: str) -> dict:
+        monkeypatch.setattr(sys, "argv", ["eval.py", *argv, "--threads", "1"])
+        evaluation.main()
+        return json.loads(capsys.readouterr().out.strip().split("\n")[-1])
+
+    return call

@@ -6,12 +6,12 @@ import shutil
 import pytest
 import torch
 from tokenizers import Regex, normalizers, pre_tokenizers
-from transformers import AutoModelForCausalLM, MistralConfig
+from transformers import AutoModelForCausalLM, MistralConfig, Qwen2Config
 
 from envs import careless_player, make_envs
 from episode import Task
-from policy import Dialogue, Policy, PolicyError, load_policy
-from rollout import dialogue, play_scripted
+from policy import Dialogue, Policy, PolicyError, load_policy, require_context
+from rollout import dialogue, play_scripted, rollout
 from tiny import SPECIAL_TOKENS, TinyConfig, tiny_policy, tiny_tokenizer
 
 TINY = TinyConfig(vocab_size=320, hidden_size=16, layers=1, intermediate_size=32, batch_size=2)
@@ -177,11 +177,47 @@ NO_SYSTEM = LOOP + "{% if message.role != 'system' %}"
         (NO_SYSTEM + "{{ message.content }}{% endif %}{% endfor %}{{ messages[0].content }}" + END[12:], BAD),
         (LOOP + TURN + END.replace("if add", "if messages | length < 3 and add"), BAD),
         (None, "no chat template"),
+        # Plain text after a response: a policy would stop wherever it writes the first token of that.
+        (CHATML.replace("<|im_start|>", "# ").replace("<|im_end|>", ""), "without a stop token"),
+        (CHATML.replace("<|im_end|>\\n", "\\nDone."), "without a stop token"),
     ],
 )
-def test_a_template_that_rewrites_or_drops_turns_is_refused(dialogues, template, problem):
+def test_a_template_that_rewrites_or_drops_turns_or_has_no_stop_token_is_refused(dialogues, template, problem):
     with pytest.raises(ValueError, match=problem):
         Policy(None, chatml_tokenizer(dialogues, template))
+
+
+def test_no_padding_token_is_needed(tiny, dialogues, tmp_path):
+    """Rows are padded by length. A stop token that doubled as padding was never trained on (tiny-grpo, RAGEN)."""
+    tokenizer = tiny_tokenizer(dialogues, 320)
+    tokenizer.pad_token = None
+    policy = Policy(tiny.model, tokenizer)
+    assert policy.tokenizer.pad_token_id is None
+    policy.save(tmp_path)
+    played = [play(one) for one in (tiny, policy, load_policy(str(tmp_path)))]
+    assert played[0] == played[1] == played[2]
+    assert len({len(episode.ids) for episode in played[0]}) > 1
+
+
+def play(policy: Policy) -> list:
+    """Two episodes with openings of different lengths."""
+    envs = make_envs("house", ["max_steps=2"], 2)
+    tasks = [Task("house", "train", seed) for seed in (0, 1)]
+    return rollout(policy, envs, tasks, [(0, 0), (0, 1)], max_step_tokens=8)
+
+
+def test_an_id_that_only_the_model_knows_is_sampled_trained_and_reads_as_nothing(tiny):
+    """Qwen2.5's model has 151,936 ids and its tokenizer 151,665."""
+    unknown = len(tiny.tokenizer) + 9
+    config = Qwen2Config(**tiny.model.config.to_dict() | {"vocab_size": len(tiny.tokenizer) + 64})
+    policy = Policy(AutoModelForCausalLM.from_config(config), tiny.tokenizer)
+    policy.model.lm_head.register_forward_hook(
+        lambda module, inputs, logits: logits.index_fill(-1, torch.tensor(unknown), 99.0)
+    )
+    for episode in play(policy):
+        assert [i for i, step in zip(episode.ids, episode.step_ids, strict=True) if step >= 0] == [unknown] * 16
+        assert [(step.thought, step.action, step.valid) for step in episode.steps] == [("", "", False)] * 2
+    assert policy.tokenizer.batch_decode([[unknown]]) == [""]  # as a transcript writes it
 
 
 # ------------------------------------------------------------------------------------------------------- save, load
@@ -219,6 +255,21 @@ def test_a_folder_that_holds_no_policy_is_named_in_one_line(tmp_path, tiny, dama
     damage(folder)
     with pytest.raises(PolicyError, match=rf"^no policy at '{folder}': [^\n]*{reason}[^\n]*$"):
         load_policy(str(folder))
+
+
+def test_a_tokenizer_with_ids_that_the_model_does_not_know_is_refused(tiny, tmp_path):
+    """The first such id ended the run with `index out of range in self`, on a GPU with a device-side assert."""
+    config = Qwen2Config(**tiny.model.config.to_dict() | {"vocab_size": len(tiny.tokenizer) - 1})
+    Policy(AutoModelForCausalLM.from_config(config), tiny.tokenizer).save(tmp_path)
+    largest = len(tiny.tokenizer) - 1
+    with pytest.raises(PolicyError, match=rf"ids go up to {largest}, but the model's vocabulary has {largest} only$"):
+        load_policy(str(tmp_path))
+
+
+def test_episodes_longer_than_the_positions_of_the_model_are_refused(tiny):
+    require_context(tiny, 8192)
+    with pytest.raises(PolicyError, match="the model has 8192 positions; --max_tokens 8193 must not be more"):
+        require_context(tiny, 8193)
 
 
 @pytest.mark.parametrize("window", [{"sliding_window": 32}, {"sliding_window": None}], ids=str)

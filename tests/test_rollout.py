@@ -9,17 +9,16 @@ import math
 from itertools import pairwise
 from types import SimpleNamespace
 
-import numpy as np
 import pytest
 import torch
-from scipy import stats
 from torch import Tensor, tensor
 from transformers import Qwen2Config
 
 from envs import PLAYERS, format_response, make_envs, parse_response
 from episode import Episode, Task
 from policy import Policy, PolicyError
-from rollout import dialogue, play_scripted, rollout, sample
+from rollout import dialogue, play_scripted, rollout
+from sampler import sample
 from tiny import tiny_tokenizer
 
 WIN, WAIT = format_response("now", "win"), format_response("not yet", "wait")
@@ -116,53 +115,7 @@ def assert_captured_is_teacher_forced(policy: Policy, episode: Episode, temperat
         torch.testing.assert_close(tensor(captured, dtype=torch.float64), expected, rtol=0, atol=1e-4)
 
 
-# ---------------------------------------------------------------------------------------------------------- sampling
-
-
-def test_sample_by_hand():
-    # p = 0, 1/4, 0, 1/4, 1/4, 1/4, 0: exact bounds at 1/4, 1/2, 3/4, and a bound belongs to the token above it.
-    logits = tensor([-math.inf, 0.0, -math.inf, 0.0, 0.0, 0.0, -math.inf])
-    below = math.nextafter(0.25, 0)
-    uniform = tensor([0.0, below, 0.25, 0.5, 0.75, JUST_BELOW_1], dtype=torch.float64)
-    assert sample(logits.expand(6, 7), uniform, 1.0).tolist() == [1, 1, 3, 4, 5, 5]
-    # Odds 1 to 2 become 1 to 4 at temperature 1/2: the bound moves from 1/3 to 1/5.
-    logits, uniform = tensor([[0.0, math.log(2)]] * 2), tensor([0.19, 0.21], dtype=torch.float64)
-    assert sample(logits, uniform, 0.5).tolist() == [0, 1]
-    assert sample(logits, uniform, 1.0).tolist() == [0, 0]
-
-
-@pytest.mark.parametrize("temperature", [0.5, 1.0, 2.0])
-def test_sample_has_the_frequencies_of_softmax(temperature):
-    """Chi-square with a false-positive rate of one in a million, were the seed not fixed."""
-    logits, number = tensor([2.0, 1.0, 0.5, 0.0, -1.0]), 20_000
-    uniform = torch.from_numpy(np.random.default_rng(0).random(number))
-    counts = sample(logits.expand(number, 5), uniform, temperature).bincount(minlength=5)
-    weights = [math.exp(z / temperature) for z in logits.tolist()]
-    expected = [number * w / sum(weights) for w in weights]
-    chi_square = sum((n - e) ** 2 / e for n, e in zip(counts.tolist(), expected, strict=True))
-    assert chi_square < stats.chi2.isf(1e-6, df=4)
-
-
-def test_sample_reaches_every_token_behind_a_likely_one():
-    """In float32 the distribution function stands still behind 0.9999: most of 150,000 rare tokens were never drawn."""
-    rare = 149_999  # together 1 in 10,000: the first token has the odds of 9,999 times all of them
-    logits = torch.zeros(1, 1 + rare, dtype=torch.float64)
-    logits[0, 0] = math.log(9_999 * rare)
-    tokens = tensor([1, 2, 75_000, 149_998, 149_999])
-    uniform = 0.9999 + 0.0001 * (tokens.double() - 0.5) / rare  # in the middle of the token's share
-    assert sample(logits.expand(5, -1), uniform, 1.0).tolist() == tokens.tolist()
-    assert sample(logits.expand(2, -1), tensor([0.0, JUST_BELOW_1], dtype=torch.float64), 1.0).tolist() == [0, rare]
-
-
-@pytest.mark.parametrize("impossible", [-math.inf, -2000.0])  # banned, or of a probability that underflows to 0
-def test_sample_never_draws_a_token_of_probability_0(impossible):
-    logits = torch.randn(150_000, generator=torch.Generator().manual_seed(0))
-    banned = torch.arange(150_000) % 3 > 0
-    banned[:1000] = banned[-1000:] = True
-    logits[banned] = impossible
-    drawn = sample(logits.expand(4, -1), tensor([0.0, 5e-324, 0.5, JUST_BELOW_1], dtype=torch.float64), 1.0)
-    assert not banned[drawn].any()
-    assert drawn[[0, 1, 3]].tolist() == [1002, 1002, 148_998]  # the first and the last possible one
+# ------------------------------------------------------------------------------------------------- what is recorded
 
 
 def test_temperature_0_is_the_most_likely_token_and_is_recorded_at_temperature_1():
@@ -175,9 +128,6 @@ def test_temperature_0_is_the_most_likely_token_and_is_recorded_at_temperature_1
     entropy = math.log(total) - 3 * math.exp(3) / total
     assert episode.old_logp[-1] == pytest.approx(3 - math.log(total), abs=1e-5)
     assert episode.token_entropy[-1] == pytest.approx(entropy, abs=1e-5)
-
-
-# ------------------------------------------------------------------------------------------------- what is recorded
 
 
 def test_a_scripted_episode_token_by_token():

@@ -3,8 +3,6 @@
 import dataclasses
 import json
 import os
-import shutil
-import signal
 import statistics
 import subprocess
 import sys
@@ -13,10 +11,11 @@ from pathlib import Path
 
 import pytest
 import torch
+from conftest import SMALL
 from safetensors.torch import load_file
 
 import checkpoint
-import eval as evaluation
+import groups
 import train
 import update
 from checkpoint import CheckpointError, checkpoints, verify_checkpoint
@@ -36,42 +35,7 @@ from record import Modulation, RecordError, step_metrics
 from worlds.coin import Coin
 
 ROOT = Path(__file__).parents[1]
-# Demonstrations that slip in every third step: about half of the episodes of a group succeed, at random.
-SMALL = {
-    "env": "coin",
-    "iterations": 2,
-    "tasks_per_iteration": 3,
-    "group_size": 4,
-    "mini_batches": 1,
-    "demonstrations": 240,
-    "slip": 0.6,
-    "eval_tasks": 6,
-    "eval_every": 2,
-    "checkpoint_every": 2,
-    "max_step_tokens": 24,
-    "max_tokens": 256,
-    "threads": 1,  # more are slower for so small a model, and far slower on a busy machine
-}
-
 ONE_UPDATE = {"iterations": 1, "epochs": 3, "max_rounds": 1}
-
-
-@pytest.fixture(scope="module")
-def cache(tmp_path_factory):
-    return tmp_path_factory.mktemp("warm_starts")
-
-
-@pytest.fixture
-def run(tmp_path, cache):
-    """run(name, **flags) trains in tmp_path/name and returns that folder."""
-
-    def run(name: str = "run", **flags) -> Path:
-        train.train(TrainConfig(**SMALL | {"out": str(tmp_path / name), "cache": str(cache)} | flags))
-        return tmp_path / name
-
-    yield run
-    signal.signal(signal.SIGINT, signal.default_int_handler)
-    signal.signal(signal.SIGTERM, signal.SIG_DFL)
 
 
 @pytest.fixture(scope="module")
@@ -121,8 +85,8 @@ def test_micro_batches_do_not_change_the_update(run, monkeypatch):
     monkeypatch.setattr(torch.optim, "AdamW", lambda parameters, lr, weight_decay: torch.optim.SGD(parameters, lr=1.0))
     for aggregation in ("sequence", "token"):
         flags = {"iterations": 1, "aggregation": aggregation, "eval_tasks": 1}
-        one = run(f"one {aggregation}", micro_batch_size=1, **flags)
-        all_at_once = run(f"all {aggregation}", micro_batch_size=64, **flags)
+        one = run(f"one {aggregation}", micro_batch_tokens=1, **flags)
+        all_at_once = run(f"all {aggregation}", micro_batch_tokens=10**6, **flags)
         assert same_weights(one, all_at_once, atol=2e-6)
         assert rows(one)[1]["policy/loss"] == pytest.approx(rows(all_at_once)[1]["policy/loss"], abs=1e-6)
 
@@ -175,18 +139,6 @@ def test_the_command_of_the_readme_runs_on_the_house(tmp_path):
     for name in ("curves.png", "metrics.jsonl", "timings.jsonl", "config.json", "result.json"):
         assert (tmp_path / "run" / name).stat().st_size > 0
     assert json.loads((tmp_path / "run" / "config.json").read_text())["ranks"] == 1
-
-
-@pytest.fixture
-def evaluate(monkeypatch, capsys):
-    """eval.py in this process: its result."""
-
-    def call(*argv: str) -> dict:
-        monkeypatch.setattr(sys, "argv", ["eval.py", *argv, "--threads", "1"])
-        evaluation.main()
-        return json.loads(capsys.readouterr().out.strip().split("\n")[-1])
-
-    return call
 
 
 @pytest.mark.parametrize("name", ["alfworld", "webshop", "search"])
@@ -328,7 +280,7 @@ def test_what_is_logged_is_what_entered_the_loss_and_what_the_formulas_give(run,
 
     monkeypatch.setattr(train, "micro_batch_loss", spy)
     monkeypatch.setattr(train, "mini_batches", lambda config, episodes, iteration: [list(range(episodes))])
-    monkeypatch.setattr(train, "micro_batches", lambda config, accelerator, length, rows: ([rows], 1))
+    monkeypatch.setattr(train, "micro_batches", lambda config, accelerator, length, rows: [(rows, 1)])
     out = run(iterations=1, empg=empg)
     logged = rows(out)[1]
     ((batch, token_advantage, rate),) = seen
@@ -367,7 +319,7 @@ def test_every_episode_and_every_task_of_a_finite_split_comes_once_a_pass():
     batches = [list(map(int, rows)) for rows in update.mini_batches(config, 8, iteration=5)]
     assert sorted(chain(*batches[:3])) == sorted(chain(*batches[3:])) == list(range(8))
     assert batches[:3] != batches[3:]
-    seeds = [train.train_task(config, 5, number).seed for number in range(15)]
+    seeds = [groups.train_task(config, 5, number).seed for number in range(15)]
     passes = [seeds[i : i + 5] for i in (0, 5, 10)]
     assert [sorted(part) for part in passes] == [list(range(5))] * 3
     assert len(set(map(tuple, passes))) > 1
@@ -429,59 +381,6 @@ def write_checksums(folder: Path) -> None:
     (folder / checkpoint.CHECKSUMS).write_text(json.dumps(checkpoint._checksums(folder)))
 
 
-def test_a_full_disk_leaves_the_earlier_checkpoint(run, monkeypatch):
-    out = run(iterations=2)
-
-    def full(*_):
-        raise OSError(28, "No space left on device")
-
-    monkeypatch.setattr(torch, "save", full)
-    with pytest.raises(CheckpointError, match="No space left"):
-        run(iterations=4, resume=True)
-    monkeypatch.undo()
-    assert [path.name for path in out.glob("*checkpoint*")] == ["checkpoint-000002"]
-    run(iterations=4, resume=True)
-    assert rows(out)[-1]["iteration"] == 4
-
-
-@pytest.fixture
-def folder(tmp_path) -> Path:
-    """A checkpoint, as far as its checksums go."""
-    folder = tmp_path / "checkpoint-000001"
-    folder.mkdir()
-    for name in ("model.safetensors", "optimizer.pt", "state.json", "config.json"):
-        (folder / name).write_bytes(bytes(range(200)))
-    write_checksums(folder)
-    return folder
-
-
-@pytest.mark.parametrize("name", ["model.safetensors", "optimizer.pt", "state.json", "config.json"])
-def test_a_damaged_checkpoint_is_named(folder, name):
-    content = (folder / name).read_bytes()
-    verify_checkpoint(folder)
-    for damaged in (content[:100], bytes([content[0] ^ 1]) + content[1:], None):
-        (folder / name).write_bytes(damaged) if damaged else (folder / name).unlink()
-        with pytest.raises(CheckpointError, match=name):
-            verify_checkpoint(folder)
-
-
-@pytest.mark.parametrize("sums", ["{}", "[]", "null", '{"state.json": "0"}', "{"])
-def test_checksums_that_do_not_cover_the_checkpoint_are_refused(folder, sums):
-    """With {} the verification was skipped."""
-    (folder / checkpoint.CHECKSUMS).write_text(sums)
-    with pytest.raises(CheckpointError, match="checkpoint-000001"):
-        verify_checkpoint(folder)
-
-
-def test_copies_of_checkpoints_are_neither_resumed_nor_counted(run):
-    out = run(iterations=2, checkpoint_every=1)
-    for name in ("checkpoint-best", "checkpoint-000002-copy", "checkpoint-9"):
-        shutil.copytree(out / "checkpoint-000001", out / name)
-    run(iterations=4, checkpoint_every=1, resume=True)
-    kept = ["checkpoint-000002-copy", "checkpoint-000003", "checkpoint-000004", "checkpoint-9", "checkpoint-best"]
-    assert sorted(path.name for path in out.glob("checkpoint-*")) == kept
-
-
 def test_a_folder_belongs_to_one_run_at_a_time(run, tmp_path):
     """Two runs in one folder doubled the rows, and one model was lost."""
     out = run(iterations=1)
@@ -517,24 +416,6 @@ def test_a_disk_that_fills_and_folders_that_cannot_be_written_are_named(run, tmp
 def test_episodes_without_a_step_end_the_run(run):
     with pytest.raises(SystemExit, match=r"none of 6 episodes has a step: .* raise --max_tokens"):
         run(max_tokens=25)
-
-
-def test_ctrl_c_saves_and_says_how_to_go_on(run, monkeypatch):
-    sample_round, calls = train.sample_round, []
-
-    def interrupted(*arguments):
-        calls.append(arguments)
-        if len(calls) == 2:
-            os.kill(os.getpid(), signal.SIGINT)
-        return sample_round(*arguments)
-
-    whole = run("whole", iterations=3, eval_every=3)
-    monkeypatch.setattr(train, "sample_round", interrupted)
-    with pytest.raises(SystemExit, match=r"stopped after iteration 2.*--resume"):
-        run("stopped", iterations=3, eval_every=3)
-    out = run("stopped", iterations=3, eval_every=3, resume=True)
-    assert rows(out) == rows(whole)
-    assert same_weights(out, whole)
 
 
 def test_a_run_is_neither_overwritten_nor_resumed_with_other_flags(run):

@@ -87,7 +87,6 @@ def play(folder: str, strength: dict) -> Recorder:
         iterations=2,
         tasks_per_iteration=2,
         group_size=2,
-        micro_batch_size=2 // ranks,
         mini_batches=1,
         temperature=0.7,
         max_step_tokens=20,
@@ -96,7 +95,7 @@ def play(folder: str, strength: dict) -> Recorder:
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(trl_empg, "AgentEnv", ScoredEnv)
         patch.setattr(ScoredEnv, "made", 0)
-        trainer = trl_empg.make_trainer(config, folder, Recorder, **strength)
+        trainer = trl_empg.make_trainer(config, folder, Recorder, micro_batch_size=2 // ranks, **strength)
         trainer.train()
         return trainer
 

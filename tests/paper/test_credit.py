@@ -18,7 +18,7 @@ from rollout import dialogue, play_on, play_scripted, rollout
 from tiny import TinyConfig, imitate, tiny_policy
 
 LIMITS = {"temperature": 1.0, "max_step_tokens": 20, "max_tokens": 400}
-CONFIG = TrainConfig(env_args=["max_steps=3"], group_size=2, tasks_per_iteration=2, micro_batch_size=4, **LIMITS)
+CONFIG = TrainConfig(env_args=["max_steps=3"], group_size=2, tasks_per_iteration=2, **LIMITS)
 
 
 @pytest.fixture(scope="module")

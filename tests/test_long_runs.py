@@ -1,0 +1,316 @@
+"""Runs that are killed, stopped, resumed, and exported: nothing is lost, and what comes out is what would have been."""
+
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+from accelerate import tracking
+from accelerate.utils import LoggerType
+from conftest import SMALL
+from huggingface_hub import ModelCard
+from test_train import ROOT, flags_of, launch, rows, same_weights, write_checksums
+
+import checkpoint
+import eval as evaluation
+import groups
+import train
+from checkpoint import CheckpointError, checkpoints, verify_checkpoint
+from config import TrainConfig
+from export import export
+from policy import load_policy
+from record import RecordError
+from stopping import StopRequest
+from worlds.coin import Coin
+
+# ------------------------------------------------------------------------------------------------------- stopping
+
+EVERY = {"iterations": 2, "eval_every": 1}  # evaluate, sample, evaluate, sample, evaluate
+
+
+@pytest.fixture(scope="module")
+def whole(tmp_path_factory, cache) -> Path:
+    """A run that nothing stops."""
+    out = tmp_path_factory.mktemp("whole") / "run"
+    train.train(TrainConfig(**SMALL | EVERY | {"out": str(out), "cache": str(cache)}))
+    return out
+
+
+def same_run(a: Path, b: Path) -> bool:
+    names = ("metrics.jsonl", "result.json")
+    return all((a / name).read_bytes() == (b / name).read_bytes() for name in names) and same_weights(a, b)
+
+
+@pytest.mark.parametrize(("part", "saved"), [(0, 0), (1, 0), (2, 1), (3, 1), (4, 2)])
+def test_a_signal_breaks_off_sampling_and_nothing_is_lost(run, whole, monkeypatch, part, saved):
+    """A run stopped only between iterations, which for a large model is later than a cluster waits.
+
+    part: of the five parts in which the run samples, the one in which the signal comes.
+    """
+    step, begun, steps_after = Coin.step, [], []
+
+    def counted(original):
+        return lambda *arguments, **options: begun.append(1) or original(*arguments, **options)
+
+    def signalled(env, action):
+        if len(begun) == part + 1:
+            steps_after.append(1)
+            os.kill(os.getpid(), signal.SIGTERM)
+        return step(env, action)
+
+    with monkeypatch.context() as patch:
+        for module in (groups, evaluation):
+            patch.setattr(module, "rollout", counted(module.rollout))
+        patch.setattr(Coin, "step", signalled)
+        with pytest.raises(SystemExit, match=f"stopped after iteration {saved}; .*--resume"):
+            run(**EVERY)
+    assert len(steps_after) == 1  # and none of the other episodes went on
+    assert same_run(run(**EVERY, resume=True), whole)
+
+
+def test_a_signal_during_an_update_waits_for_its_end(run, whole, monkeypatch):
+    learn = train.learn
+
+    def signalled(*arguments):
+        os.kill(os.getpid(), signal.SIGINT)
+        return learn(*arguments)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(train, "learn", signalled)
+        with pytest.raises(SystemExit, match="stopped after iteration 1"):
+            run(**EVERY)
+    assert same_run(run(**EVERY, resume=True), whole)
+
+
+def test_a_second_ctrl_c_stops_at_once_and_an_echo_of_the_first_does_not():
+    before = signal.getsignal(signal.SIGINT)
+    stop = StopRequest()
+    try:
+        os.kill(os.getpid(), signal.SIGINT)
+        os.kill(os.getpid(), signal.SIGINT)  # a launcher passes the key press on
+        stop.since -= 2  # seconds
+        with pytest.raises(KeyboardInterrupt):
+            os.kill(os.getpid(), signal.SIGINT)
+    finally:
+        stop.close()
+    assert signal.getsignal(signal.SIGINT) == before
+
+
+# ----------------------------------------------------------------------------------------------- killed processes
+
+
+def test_a_run_killed_at_random_moments_comes_out_the_same():
+    """`python tests/soak.py --kills 20`, and with --ranks 2, for more of it."""
+    result = launch("tests.soak", "--kills", "3")
+    assert result.returncode == 0, result.stdout + result.stderr[-2000:]
+    assert "3 kills" in result.stdout
+
+
+def test_another_number_of_ranks_goes_on_and_when_one_is_killed_the_others_end(whole, cache, tmp_path):
+    """A rank that waits for a dead one waits for ever, or for half an hour."""
+    out = tmp_path / "run"
+    train.train(TrainConfig(**SMALL | EVERY | {"iterations": 1, "out": str(out), "cache": str(cache)}))
+    command = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", "2", "train.py"]
+    flags = SMALL | EVERY | {"out": out, "cache": cache, "resume": True}
+    result = launch(*command[2:], *flags_of(flags))
+    assert result.returncode == 0, result.stderr[-2000:]
+    assert json.loads((out / "config.json").read_text())["ranks"] == 2
+    for a, b in zip(rows(whole), rows(out), strict=True):
+        assert b.pop("policy/grad_norm", 0) == pytest.approx(a.pop("policy/grad_norm", 0), rel=1e-4)
+        assert b == pytest.approx(a, abs=1e-6, rel=1e-6)
+
+    flags |= {"iterations": 100_000, "checkpoint_every": 10_000, "eval_every": 10_000}
+    environment = os.environ | {"TQDM_DISABLE": "1", "OMP_NUM_THREADS": "1"}
+    launcher = subprocess.Popen(
+        [*command, *flags_of(flags)], cwd=ROOT, env=environment, stderr=subprocess.PIPE, stdout=subprocess.DEVNULL
+    )
+    try:
+        until(lambda: len(rows(out)) > 4)
+        children = Path(f"/proc/{launcher.pid}/task/{launcher.pid}/children").read_text().split()
+        assert len(children) == 2
+        os.kill(int(children[1]), signal.SIGKILL)
+        _, errors = launcher.communicate(timeout=60)
+    finally:
+        launcher.kill()
+    assert launcher.returncode != 0
+    assert "another process of this run has ended; go on from the last checkpoint with --resume" in errors.decode()
+    assert 'train.py", line' not in errors.decode()  # a traceback of ours; torchrun prints its own
+    assert not [pid for pid in children if Path(f"/proc/{pid}").exists()]
+
+
+def until(condition, seconds: float = 90) -> None:
+    start = time.monotonic()
+    while not condition():
+        assert time.monotonic() - start < seconds
+        time.sleep(0.1)
+
+
+# --------------------------------------------------------------------------------------- checkpoints, the best one
+
+
+def test_a_full_disk_leaves_the_earlier_checkpoint(run, monkeypatch):
+    out = run(iterations=2)
+
+    def full(*_):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(torch, "save", full)
+    with pytest.raises(CheckpointError, match="No space left"):
+        run(iterations=4, resume=True)
+    monkeypatch.undo()
+    assert [path.name for path in out.glob("*checkpoint*")] == ["checkpoint-000002"]
+    run(iterations=4, resume=True)
+    assert rows(out)[-1]["iteration"] == 4
+
+
+@pytest.fixture
+def folder(tmp_path) -> Path:
+    """A checkpoint, as far as its checksums go."""
+    folder = tmp_path / "checkpoint-000001"
+    folder.mkdir()
+    for name in ("model.safetensors", "optimizer.pt", "state.json", "config.json"):
+        (folder / name).write_bytes(bytes(range(200)))
+    write_checksums(folder)
+    return folder
+
+
+@pytest.mark.parametrize("name", ["model.safetensors", "optimizer.pt", "state.json", "config.json"])
+def test_a_damaged_checkpoint_is_named(folder, name):
+    content = (folder / name).read_bytes()
+    verify_checkpoint(folder)
+    for damaged in (content[:100], bytes([content[0] ^ 1]) + content[1:], None):
+        (folder / name).write_bytes(damaged) if damaged else (folder / name).unlink()
+        with pytest.raises(CheckpointError, match=name):
+            verify_checkpoint(folder)
+
+
+@pytest.mark.parametrize("sums", ["{}", "[]", "null", '{"state.json": "0"}', "{"])
+def test_checksums_that_do_not_cover_the_checkpoint_are_refused(folder, sums):
+    """With {} the verification was skipped."""
+    (folder / checkpoint.CHECKSUMS).write_text(sums)
+    with pytest.raises(CheckpointError, match="checkpoint-000001"):
+        verify_checkpoint(folder)
+
+
+def test_copies_of_checkpoints_are_neither_resumed_nor_counted(run):
+    out = run(iterations=2, checkpoint_every=1)
+    for name in ("checkpoint-best", "checkpoint-000002-copy", "checkpoint-9"):
+        shutil.copytree(out / "checkpoint-000001", out / name)
+    run(iterations=4, checkpoint_every=1, resume=True)
+    kept = ["checkpoint-000002-copy", "checkpoint-000003", "checkpoint-000004", "checkpoint-9", "checkpoint-best"]
+    assert sorted(path.name for path in out.glob("checkpoint-*")) == kept
+
+
+def flip(file: Path) -> None:
+    """One bit of the file."""
+    content = bytearray(file.read_bytes())
+    content[len(content) // 2] ^= 1
+    file.write_bytes(content)
+
+
+def test_a_damaged_checkpoint_is_named_and_passed_over(run, capsys):
+    whole = run("whole", iterations=4, eval_every=1, checkpoint_every=1)
+    out = run("damaged", iterations=3, eval_every=1, checkpoint_every=1)
+    flip(out / "checkpoint-000003" / "model.safetensors")
+    capsys.readouterr()
+    run("damaged", iterations=4, eval_every=1, checkpoint_every=1, resume=True)
+    said = "checkpoint-000003 cannot be used: model.safetensors is damaged; going on from checkpoint-000002\n"
+    assert said in capsys.readouterr().out
+    assert [path.name for path in checkpoints(out)] == ["checkpoint-000003", "checkpoint-000004"]
+    assert (out / "metrics.jsonl").read_bytes() == (whole / "metrics.jsonl").read_bytes()
+    assert same_weights(out, whole)
+    for folder in checkpoints(out):
+        flip(folder / "optimizer.pt")
+    with pytest.raises(CheckpointError, match=r"no checkpoint is whole: .*000004 .*optimizer.pt is damaged; .*000003"):
+        run("damaged", iterations=5, eval_every=1, checkpoint_every=1, resume=True)
+
+
+def test_the_best_policy_is_kept_with_its_evaluation(run, evaluate):
+    """Steps so large that the policy gets worse: the last is not the best."""
+    out = run(iterations=4, eval_every=1, checkpoint_every=1, learning_rate=0.02)
+    trained = rows(out)[1:]
+    best = max(trained, key=lambda row: row["eval/success"])  # the first of equals
+    assert best is not trained[-1]
+    kept = json.loads((out / "result.json").read_text())["best"]
+    assert (kept["iteration"], kept["success"]) == (best["iteration"], best["eval/success"])
+    (result,) = evaluate("--policy", str(out / "best")).values()
+    assert train.eval_metrics(result).items() <= best.items()
+    card = ModelCard.load(export(out, best=True) / "README.md")
+    assert card.data.eval_results[0].metric_value == best["eval/success"]
+    assert "number is too high" in card.text
+
+
+# ------------------------------------------------------------------------------------------------ export, trackers
+
+
+def test_the_export_opens_and_its_card_has_the_numbers_of_the_run(whole, tmp_path):
+    """Text from the command line that is YAML or Markdown must stay text."""
+    out = tmp_path / "run"
+    shutil.copytree(whole, out, symlinks=True)
+    about = json.loads((out / "config.json").read_text())
+    about["argv"] = ["train.py", "--policy", "---\n- x: `y`\n# heading\n---"]
+    about["config"]["policy"] = "a: [b\n---\n`c`"
+    (out / "config.json").write_text(json.dumps(about))
+    folder, after = export(out), rows(out)[-1]
+    assert same_policy(folder, checkpoints(out)[-1])
+    card = ModelCard.load(folder / "README.md")
+    (evaluated,) = card.data.eval_results
+    assert (evaluated.dataset_type, evaluated.metric_value) == ("coin", after["eval/success"])
+    assert evaluated.metric_args["low"] == after["eval/success_low"]
+    assert card.data.base_model is None
+    assert {"reinforcement-learning", "grpo", "empg", "coin"} <= set(card.data.tags)
+    assert f"Success in 6 held-out tasks (split `eval`), {100 * after['eval/success']:.1f} %" in card.text
+    assert about["git"] in card.text
+    assert not [line for line in card.text.splitlines() if line.startswith(("---", "- x", "# heading"))]
+    assert not {"optimizer.pt", "state.json"} & {path.name for path in folder.iterdir()}
+    (out / "result.json").unlink()
+    with pytest.raises(CheckpointError, match="holds no finished run"):
+        export(out)
+
+
+def same_policy(a: Path, b: Path) -> bool:
+    first, second = (load_policy(str(folder)) for folder in (a, b))
+    weights = zip(first.model.parameters(), second.model.parameters(), strict=True)
+    return first.encode(["heads"]) == second.encode(["heads"]) and all(torch.equal(x, y) for x, y in weights)
+
+
+@pytest.mark.parametrize("policy", ["Qwen/Qwen2.5-1.5B-Instruct", "tiny"])
+def test_the_card_names_a_base_model_that_is_on_the_hub(whole, tmp_path, policy):
+    shutil.copytree(whole, tmp_path / "run", symlinks=True)
+    about = json.loads((whole / "config.json").read_text())
+    about["config"]["policy"] = policy
+    (tmp_path / "run" / "config.json").write_text(json.dumps(about))
+    data = ModelCard.load(export(tmp_path / "run") / "README.md").data
+    assert (data.base_model, data.license) == ((None, "mit") if policy == "tiny" else (policy, "other"))
+
+
+def test_any_tracker_of_accelerate_gets_the_rows(run, monkeypatch):
+    """tensorboard needs a folder, which it was not given, so --report_to tensorboard ended in a traceback."""
+    seen = []
+
+    class Tracker(tracking.GeneralTracker):
+        name, requires_logging_directory, tracker, main_process_only = "swanlab", True, None, True
+
+        def __init__(self, run_name, logging_dir, **options):
+            super().__init__()
+            self.folder = Path(logging_dir)
+
+        def store_init_configuration(self, values):
+            if values["zeta"] == 0.5:
+                raise OSError("no\nlogin")
+
+        def log(self, values, step, **options):
+            seen.append((self.folder, {"iteration": step} | values))
+
+    monkeypatch.setitem(tracking.LOGGER_TYPE_TO_CLASS, "swanlab", Tracker)
+    monkeypatch.setattr(tracking, "_available_trackers", [LoggerType("swanlab")])
+    out = run(report_to="swanlab")
+    assert seen == [(out, row) for row in rows(out)]
+    with pytest.raises(RecordError, match=r"^could not start swanlab: no login$"):
+        run("other", report_to="swanlab", zeta=0.5)

@@ -1,0 +1,177 @@
+"""What an update works on: the same numbers as while sampling, micro-batches by tokens, old log-probs, memory."""
+
+import copy
+import math
+from types import SimpleNamespace
+
+import pytest
+import torch
+from accelerate import Accelerator
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+import eval as evaluation
+import groups
+import train
+import update
+from config import TrainConfig
+from episode import collate
+from record import update_metrics
+from rollout import rollout
+
+CONFIG = TrainConfig(tasks_per_iteration=3, group_size=2, temperature=0.7, learning_rate=1e-3, threads=1)
+
+
+@pytest.fixture
+def learner(house_policy, tmp_path):
+    house_policy.save(tmp_path / "policy")
+    return update.make_learner(CONFIG, Accelerator(cpu=True), *[str(tmp_path / "policy")] * 2)
+
+
+@pytest.fixture
+def batch(house_episodes):
+    return collate(house_episodes)
+
+
+def changed(**flags) -> TrainConfig:
+    return TrainConfig(**{name: getattr(CONFIG, name) for name in CONFIG.__dataclass_fields__} | flags)
+
+
+# ---------------------------------------------------------------------------------------------------- micro-batches
+
+
+@given(
+    lengths=st.lists(st.integers(1, 60), min_size=1, max_size=20),
+    budget=st.integers(1, 200),
+    ranks=st.integers(1, 5),
+    data=st.data(),
+)
+@settings(deadline=None, derandomize=True)
+def test_every_row_is_in_one_part_of_one_rank_within_the_budget(lengths, budget, ranks, data):
+    """Ranks with different numbers of parts would wait for each other for ever."""
+    rows = data.draw(st.lists(st.sampled_from(range(len(lengths))), min_size=1, unique=True))
+    config, parts = changed(micro_batch_tokens=budget), []
+    for rank in range(ranks):
+        accelerator = SimpleNamespace(process_index=rank, num_processes=ranks)
+        parts.append(update.micro_batches(config, accelerator, torch.tensor(lengths), rows))
+    assert len({len(of_rank) for of_rank in parts}) == 1
+    counted = [part for of_rank in parts for part, weight in of_rank if weight]
+    assert sorted(row for part in counted for row in part) == sorted(rows)
+    for part in counted:
+        assert len(part) == 1 or len(part) * max(lengths[row] for row in part) <= budget
+    for part, weight in (part for of_rank in parts for part in of_rank):
+        assert weight in (0, ranks)
+        assert set(part) <= set(rows)
+
+
+def test_a_rank_alone_fills_its_parts():
+    config = changed(micro_batch_tokens=40)
+    parts = update.micro_batches(config, Accelerator(cpu=True), torch.tensor([50, 10, 20, 19, 9, 21]), range(6))
+    assert parts == [([4, 1], 1), ([3, 2], 1), ([5], 1), ([0], 1)]  # 3 x 19 > 40; 50 is too long and goes alone
+
+
+# ---------------------------------------------------------------------------------------------------------- the loss
+
+
+def test_lm_head_computes_one_row_for_each_sampled_token(learner, batch):
+    rows = []
+    learner.policy.model.lm_head.register_forward_hook(lambda module, args, output: rows.append(len(args[0])))
+    train.learn(CONFIG, learner, batch, 1)
+    assert sum(rows) == batch.mask.sum()
+
+
+def test_the_update_computes_the_log_probs_that_were_captured(learner, batch):
+    logp = update.sampled_logp(learner.model, batch, CONFIG.temperature)
+    torch.testing.assert_close(logp, batch.old_logp, rtol=0, atol=1e-4)
+    assert not logp[~batch.mask].any()
+
+
+def test_recompute_takes_the_old_log_probs_of_the_trainer(learner, batch, monkeypatch):
+    """Between a sampler in bf16 and its trainer the ratio is not 1 even before the first step."""
+    wrong, seen, apart = copy.deepcopy(batch), [], math.expm1(0.1) - 0.1
+    wrong.old_logp[wrong.mask] -= 0.1
+    policy_loss = update.policy_loss
+    monkeypatch.setattr(update, "policy_loss", lambda *a, **k: seen.append(a[1]) or policy_loss(*a, **k))
+    first = copy.deepcopy(learner.model.state_dict())
+    for old_logp, expected, kl_old in (("captured", wrong.old_logp, apart), ("recompute", batch.old_logp, 0)):
+        learner.model.load_state_dict(first)
+        seen.clear()
+        _, sums = train.learn(changed(old_logp=old_logp, mini_batches=1), learner, wrong, 1)
+        (got,) = seen
+        order = batch.length.argsort(stable=True)
+        torch.testing.assert_close(got, expected[order][:, : got.shape[1]], rtol=0, atol=1e-4)
+        row = update_metrics(sums)
+        assert row["policy/kl_rollout"] == pytest.approx(apart, abs=1e-5)
+        assert row["policy/kl_old"] == pytest.approx(kl_old, abs=1e-5)
+
+
+def test_kl_rollout_is_rounding_in_float32_and_takes_no_pass_of_its_own(learner, batch):
+    passes = []
+    learner.policy.model.lm_head.register_forward_hook(lambda *_: passes.append(1))
+    _, sums = train.learn(changed(mini_batches=3, epochs=2, micro_batch_tokens=10**6), learner, batch, 1)
+    row = update_metrics(sums)
+    assert row["policy/kl_rollout"] < 1e-8 < row["policy/kl_old"]
+    assert sums["rollout_tokens"] < batch.mask.sum()  # those of the first mini-batch
+    assert len(passes) == 6
+
+
+def test_the_loss_has_the_kl_term_of_a_reference_that_is_scored_the_same_way(house_policy, batch, tmp_path):
+    house_policy.save(tmp_path / "policy")
+    config, paths = changed(kl_coef=0.5, mini_batches=1), [str(tmp_path / "policy")] * 2
+    learner = update.make_learner(config, Accelerator(cpu=True), *paths)
+    with torch.no_grad():
+        learner.policy.model.lm_head.weight.mul_(1.2)
+    advantage = torch.zeros_like(batch.old_logp)
+    loss, sums = update.micro_batch_loss(config, learner, batch, advantage, len(batch.ids))
+    logp, ref = (update.sampled_logp(model, batch, 0.7) for model in (learner.model, learner.reference))
+    kl = torch.stack([(r - p).exp() - (r - p) - 1 for p, r in zip(logp, ref, strict=True)])  # (B, L)
+    per_episode = torch.stack([row[mask].mean() for row, mask in zip(kl, batch.mask, strict=True)])
+    torch.testing.assert_close(loss, 0.5 * per_episode.mean(), rtol=1e-4, atol=1e-6)
+    assert sums["kl_ref"] == pytest.approx(kl.detach().sum().item(), rel=1e-4)
+    assert sums["kl_ref"] > 0.1
+
+
+def test_gradient_checkpointing_is_on_while_learning(house_policy, batch, tmp_path):
+    """Sampling puts the model into evaluation mode, where transformers keeps every activation."""
+    house_policy.save(tmp_path / "policy")
+    paths, passes = [str(tmp_path / "policy")] * 2, {}
+    for checkpointing in (False, True):
+        config = changed(gradient_checkpointing=checkpointing, mini_batches=1)
+        learner = update.make_learner(config, Accelerator(cpu=True), *paths)
+        layers, passes[checkpointing] = learner.policy.model.model.layers, 0
+
+        def count(*_, checkpointing=checkpointing):
+            passes[checkpointing] += 1
+
+        rollout(learner.policy, [None], [], [])  # plays nothing
+        layers[0].self_attn.register_forward_hook(count)
+        train.learn(config, learner, batch, 1)
+    assert passes[True] == 2 * passes[False] > 0
+
+
+# ------------------------------------------------------------------------------------------------------------ memory
+
+
+@pytest.mark.parametrize(
+    ("module", "function", "call", "message"),
+    [
+        (train, "micro_batch_loss", lambda a: train.learn(CONFIG, a.learner, a.batch, 1), "lower --micro_batch_tokens"),
+        (groups, "rollout", lambda a: groups.sample_round(CONFIG, a.learner, [a.env], 0), "lower --batch_size"),
+        (
+            evaluation,
+            "rollout",
+            lambda a: evaluation.evaluate(a.learner.policy, [a.env], [], CONFIG, a.learner.accelerator),
+            "lower --batch_size",
+        ),
+    ],
+    ids=["learn", "sample", "evaluate"],
+)
+def test_out_of_memory_ends_with_the_setting_to_lower(module, function, call, message, learner, batch, monkeypatch):
+    def full(*_, **__):
+        raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 20.00 GiB")
+
+    monkeypatch.setattr(module, function, full)
+    env = SimpleNamespace(size=lambda split: None)
+    with pytest.raises(SystemExit, match=message) as end:
+        call(SimpleNamespace(learner=learner, batch=batch, env=env))
+    assert "\n" not in str(end.value)
