@@ -3,6 +3,7 @@
     python bench_scale.py                            one process
     torchrun --nproc_per_node 2 bench_scale.py       two, which share the episodes
     python bench_scale.py --table                    measured and computed, as markdown
+    python bench_scale.py --gpus                     computed alone: three presets on GPUs, as markdown
 
 A point is a whole iteration of the training code: episodes of a model with random weights in the House, which last as
 long as they may, and an update. Each is a line in docs/scaling.jsonl. Three constants are fitted to the two shortest
@@ -12,19 +13,20 @@ points of one process. All other points are predictions.
 import json
 import statistics
 import tempfile
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from itertools import product
 from pathlib import Path
 
 import numpy as np
 import torch
 from accelerate import Accelerator
+from accelerate.utils import broadcast_object_list, gather_object
 from scipy.optimize import least_squares
 from transformers import AutoModelForCausalLM, Qwen2Config
 
 from bench import clock
 from config import TrainConfig, parse_config
-from cost import Machine, Work, seconds, shape_of
+from cost import Machine, Shape, Work, seconds, shape_of
 from envs import careless_player, make_envs
 from episode import Task, collate
 from eval import start_ranks
@@ -39,7 +41,7 @@ MODELS = {
     "3M": {"hidden_size": 192, "num_hidden_layers": 5, "intermediate_size": 704, "num_attention_heads": 6},
     "30M": {"hidden_size": 512, "num_hidden_layers": 8, "intermediate_size": 1792, "num_attention_heads": 8},
 }
-VOCABULARY = 4096
+VOCABULARY, GROUP = 4096, 4
 EPISODES, TURNS, RESPONSE = (8, 32), (3, 9), 16  # of an iteration; of an episode; tokens of a response
 FITTED = (EPISODES[0], TURNS[0])
 FILE = Path(__file__).parent / "docs" / "scaling.jsonl"
@@ -51,6 +53,7 @@ class ScaleConfig:
 
     repeats: int = field(default=3, metadata={"help": "measurements of a point, of which the median counts"})
     table: bool = field(default=False, metadata={"help": "measure nothing, print the table"})
+    gpus: bool = field(default=False, metadata={"help": "measure nothing, print what presets would take on GPUs"})
     file: str = field(default=str(FILE), metadata={"help": "of the measured points"})
 
 
@@ -61,7 +64,11 @@ def model_config(name: str) -> Qwen2Config:
 
 def settings(episodes: int) -> TrainConfig:
     return TrainConfig(
-        tasks_per_iteration=episodes // 4, group_size=4, max_step_tokens=RESPONSE, max_tokens=2048, mini_batches=1
+        tasks_per_iteration=episodes // GROUP,
+        group_size=GROUP,
+        max_step_tokens=RESPONSE,
+        max_tokens=2048,
+        mini_batches=1,
     )
 
 
@@ -72,8 +79,14 @@ def random_learner(accelerator: Accelerator, name: str) -> Learner:
     tokenizer = tiny_tokenizer([dialogue(env.instructions, episode) for episode in played], 1024)
     torch.manual_seed(0)
     with tempfile.TemporaryDirectory() as folder:
-        Policy(AutoModelForCausalLM.from_config(model_config(name), dtype=torch.float32), tokenizer).save(Path(folder))
-        return make_learner(settings(4), accelerator, folder, folder)
+        (shared,) = broadcast_object_list([folder])  # the main process writes the policy, all read it
+        if accelerator.is_main_process:
+            policy = Policy(AutoModelForCausalLM.from_config(model_config(name), dtype=torch.float32), tokenizer)
+            policy.save(Path(folder))
+        accelerator.wait_for_everyone()
+        learner = make_learner(settings(4), accelerator, shared, shared)
+        accelerator.wait_for_everyone()
+    return learner
 
 
 def measure(accelerator: Accelerator, learner: Learner, name: str, episodes: int, turns: int, repeats: int) -> dict:
@@ -83,12 +96,11 @@ def measure(accelerator: Accelerator, learner: Learner, name: str, episodes: int
     envs = make_envs("house", [f"max_steps={turns}"], episodes // ranks)
     samples, updates = [], []
     for repeat in range(repeats):
-        tasks = [Task("house", "train", i // 4) for i in range(episodes)][rank::ranks]
+        tasks = [Task("house", "train", i // GROUP) for i in range(episodes)][rank::ranks]
         seeds = [(repeat, i) for i in range(episodes)][rank::ranks]
         limits = {"max_step_tokens": config.max_step_tokens, "max_tokens": config.max_tokens}
         sampling, played = clock(lambda: rollout(learner.policy, envs, tasks, seeds, **limits))  # noqa: B023
-        gathered = accelerator.gather_for_metrics([played], use_gather_object=True)
-        batch = collate([episode for part in gathered for episode in part], accelerator.device)
+        batch = collate(gather_object(played), accelerator.device)
         batch.reward[::2] = 1.0  # a group whose rewards are equal has nothing to learn
         accelerator.wait_for_everyone()
         updating, _ = clock(lambda: learn(config, learner, batch, 1))  # noqa: B023
@@ -97,8 +109,11 @@ def measure(accelerator: Accelerator, learner: Learner, name: str, episodes: int
         updates.append(float(slowest[1]))
     steps = [step for episode in played for step in episode.steps]
     sampled = sum(step.end - step.start for step in steps) / len(steps)
-    inserted = sum(len(episode.ids) for episode in played) / len(steps) - sampled
-    work = Work(episodes // ranks, turns, round(sampled, 2), round(inserted, 2))
+    openings = [episode.steps[0].start for episode in played]
+    rest = sum(len(episode.ids) - opening for episode, opening in zip(played, openings, strict=True))
+    inserted = (rest - len(steps) * sampled) / (len(steps) - len(played))
+    opening = sum(openings) / len(openings)
+    work = Work(episodes // ranks, GROUP, round(opening, 2), turns, round(sampled, 2), round(inserted, 2))
     point = {"model": name, "ranks": ranks, "episodes": episodes, "turns": turns, "work": asdict(work)}
     return point | {"sample": statistics.median(samples), "update": statistics.median(updates), "commit": revision()}
 
@@ -114,14 +129,18 @@ def computed(point: dict, machine: Machine) -> tuple[float, float]:
 
 
 def fit(points: list[dict]) -> Machine:
-    """The constants with which the formula gives these points."""
+    """The constants with which the formula gives these points: time of a layer, arithmetic, bandwidth."""
+
+    def machine_of(logs: np.ndarray) -> Machine:
+        layer, arithmetic, bandwidth = np.exp(logs).tolist()
+        return Machine(layer, arithmetic, arithmetic, bandwidth)
 
     def error(logs: np.ndarray) -> list[float]:
-        machine = Machine(*np.exp(logs))
+        machine = machine_of(logs)
         pairs = [(computed(point, machine), (point["sample"], point["update"])) for point in points]
         return [float(np.log(a / b)) for formula, measured in pairs for a, b in zip(formula, measured, strict=True)]
 
-    return Machine(*np.exp(least_squares(error, np.log([1e-4, 1e10, 3e10])).x).tolist())
+    return machine_of(least_squares(error, np.log([3e-4, 5e10, 1e10])).x)
 
 
 def table(points: list[dict]) -> str:
@@ -129,8 +148,7 @@ def table(points: list[dict]) -> str:
     fitted = [point for point in points if point["ranks"] == 1 and (point["episodes"], point["turns"]) == FITTED]
     machine = fit(fitted)
     lines = [
-        f"{machine.layer * 1e6:.0f} µs a layer, {machine.decode / 1e9:.1f} GFLOP/s while decoding, "
-        f"{machine.update / 1e9:.1f} GFLOP/s in long sequences",
+        f"{machine.layer * 1e6:.0f} µs a layer, {machine.update / 1e9:.1f} GFLOP/s, {machine.bandwidth / 1e9:.1f} GB/s",
         "",
         "| model | processes | episodes | turns | sampling, s | formula | update, s | formula | formula / measured |",
         "|---|---|---|---|---|---|---|---|---|",
@@ -144,9 +162,56 @@ def table(points: list[dict]) -> str:
     return "\n".join(lines)
 
 
+# Assumed, not measured: 40 % of an H200's 989 TFLOP/s in bf16 and of its 4.8 TB/s, 10 µs a layer with CUDA graphs, and
+# between machines 50 GB/s for each GPU, within a machine 450 GB/s.
+GPU = Machine(layer=1e-5, decode=4e14, update=4e14, bandwidth=1.9e12, link=4.5e11, compute=2)
+OF_ALFWORLD = {"group": 8, "opening": 1500, "turns": 30, "sampled": 80, "inserted": 60}  # assumed, in tokens
+OF_SEARCH = {"group": 8, "opening": 1000, "turns": 4, "sampled": 150, "inserted": 700}
+PRESETS = {  # shape; processes; episodes of a process; episodes at once; lengths; machine
+    "qwen1.5b, ALFWorld": (
+        Shape(1_543_714_304, 1_310_340_608, 28, 1536, 8960, 256, 151_936),
+        8,
+        16,
+        16,
+        OF_ALFWORLD,
+        GPU,
+    ),
+    "qwen7b, ALFWorld": (
+        Shape(7_615_616_512, 6_525_621_760, 28, 3584, 18_944, 512, 152_064),
+        8,
+        16,
+        16,
+        OF_ALFWORLD,
+        GPU,
+    ),
+    "qwen32b, Deep Search": (
+        Shape(32_763_876_352, 31_206_740_992, 64, 5120, 27_648, 1024, 152_064),
+        *(32, 64, 16, OF_SEARCH, replace(GPU, link=5e10)),
+    ),
+}
+
+
+def gpu_table() -> str:
+    """Seconds of an iteration of three presets, as the formula has them."""
+    lines = [
+        "| preset | GPUs | decode | read | update | communicate | an iteration, s |",
+        "|---|---|---|---|---|---|---|",
+    ]
+    for name, (shape, ranks, episodes, at_once, lengths, machine) in PRESETS.items():
+        config = TrainConfig(gradient_checkpointing=True, fsdp=shape.parameters > 5e9, micro_batch_tokens=16384)
+        waves = episodes // at_once  # the episodes of a process are sampled in waves
+        sampling = seconds(shape, Work(at_once, **lengths), machine, config, ranks)
+        learning = seconds(shape, Work(episodes, **lengths), machine, config, ranks)
+        parts = [waves * sampling["decode"], waves * sampling["read"], learning["update"], learning["communicate"]]
+        lines.append(f"| {name} | {ranks} | {' | '.join(f'{part:.0f}' for part in (*parts, sum(parts)))} |")
+    return "\n".join(lines)
+
+
 def main() -> None:
     scale = parse_config(ScaleConfig)
     file = Path(scale.file)
+    if scale.gpus:
+        return print(gpu_table())
     if not scale.table:
         accelerator = start_ranks(threads=1)
         for name in MODELS:

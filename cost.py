@@ -98,14 +98,16 @@ class Work:
     """What one process does in an iteration: episodes of equal length, sampled side by side, then learnt from."""
 
     episodes: int
+    group: int  # episodes that begin alike; their opening is read once
+    opening: float  # tokens before the first response
     turns: int
-    sampled: int  # tokens of a response
-    inserted: int  # tokens between two responses: observation and template
+    sampled: float  # tokens of a response
+    inserted: float  # tokens between two responses: observation and template
 
     @property
-    def length(self) -> int:
+    def length(self) -> float:
         """Tokens of an episode."""
-        return self.turns * (self.sampled + self.inserted)
+        return self.opening + self.turns * self.sampled + (self.turns - 1) * self.inserted
 
 
 @dataclass(frozen=True)
@@ -137,12 +139,12 @@ def seconds(shape: Shape, work: Work, machine: Machine, config: TrainConfig, ran
     update = passes * (2 * shape.body * work.length + attention) * work.episodes + 8 * head * sampled
     optimizer_steps = config.epochs * config.mini_batches
     batches = max(1, work.episodes * work.length // config.micro_batch_tokens)
+    read = work.episodes * (work.opening / work.group + (work.turns - 1) * work.inserted)
     # FSDP gathers the weights for each forward and each backward pass, and scatters gradients; DDP adds gradients up.
     traffic = batches * (2 * machine.compute + 4) if config.fsdp else optimizer_steps * 2 * 4
     return {
         "decode": steps * (shape.layers * machine.layer + max(arithmetic, moved)),
-        "read": work.turns * shape.layers * machine.layer
-        + 2 * shape.body * work.episodes * work.turns * work.inserted / machine.update,
+        "read": work.turns * shape.layers * machine.layer + 2 * shape.body * read / machine.update,
         "update": config.epochs * (update / machine.update + batches * passes * shape.layers * machine.layer),
         "communicate": shape.parameters * traffic * (ranks - 1) / ranks / machine.link,
     }

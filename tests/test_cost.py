@@ -127,16 +127,16 @@ def test_arithmetic_of_an_update_is_what_pytorch_counts():
     with FlopCounterMode(display=False) as counter:
         logp, _ = model(input_ids=ids, sampled=sampled.expand(2, 48))
         logp.sum().backward()
-    work = cost.Work(episodes=2, turns=12, sampled=2, inserted=2)
+    work = cost.Work(episodes=2, group=2, opening=2, turns=12, sampled=2, inserted=2)
     machine = cost.Machine(layer=0, decode=1, update=1)
     parts = cost.seconds(cost.shape_of(config), work, machine, TrainConfig())
     assert parts["update"] == pytest.approx(counter.get_total_flops(), rel=0.05)
-    assert parts["read"] == pytest.approx(2 * cost.shape_of(config).body * 2 * 24)
+    assert parts["read"] == pytest.approx(2 * cost.shape_of(config).body * (2 + 2 * 22))  # the opening once for both
     assert parts["decode"] == 24 * 2 * (cost.shape_of(config).body + 128 * 512) * 2
 
 
 def test_the_slower_of_arithmetic_and_memory_sets_the_decode_step_and_links_add_up():
-    shape, work = cost.shape_of(model_config(Qwen2Config, 64, 192, 2, 4, 2, 500, True)), cost.Work(4, 3, 10, 20)
+    shape, work = cost.shape_of(model_config(Qwen2Config, 64, 192, 2, 4, 2, 500, True)), cost.Work(4, 4, 20, 3, 10, 20)
     slow = cost.Machine(layer=0, decode=1e30, update=1, bandwidth=10)
     cache = 2 * 2 * 32 * 4 * 4 * 45  # keys and values, layers, width, bytes, episodes, half of the length
     weights = 4 * shape.parameters - 4 * (shape.parameters - shape.body - 64 * 500)
