@@ -82,6 +82,7 @@ def test_micro_batches_do_not_change_the_update(run, monkeypatch):
 
     With plain SGD the update is the gradient; Adam divides even the last bit of a gradient of nearly 0 by its size.
     """
+    run("first", iterations=1, eval_tasks=1)  # puts the warm start, which needs AdamW, into the cache
     monkeypatch.setattr(torch.optim, "AdamW", lambda parameters, lr, weight_decay: torch.optim.SGD(parameters, lr=1.0))
     for aggregation in ("sequence", "token"):
         flags = {"iterations": 1, "aggregation": aggregation, "eval_tasks": 1}
