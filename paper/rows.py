@@ -32,7 +32,8 @@ class Estimate:
         if self.seeds == 0:
             return "no row yet"
         mean = f"{factor * self.mean:{form}}"
-        interval = f" ({factor * self.low:{form}} to {factor * self.high:{form}})" if self.seeds > 1 else " (one seed)"
+        few = {1: " (one seed)", 2: " (two seeds)"}  # the t interval of two is 25 times as wide as their standard error
+        interval = few.get(self.seeds, f" ({factor * self.low:{form}} to {factor * self.high:{form}})")
         return (mean + interval).replace("-", "−")
 
 

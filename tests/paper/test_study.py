@@ -169,7 +169,8 @@ def test_differences_are_of_the_seeds_that_both_have():
     assert [collapsed(row) for row in together.of("grpo")] == [False, True, False]
     assert estimate([0.5]).text() == "50.0 (one seed)"
     assert estimate([]).text() == "no row yet"
-    assert estimate([0.5, 0.5]).text(sign=True) == "+50.0 (+50.0 to +50.0)"
+    assert estimate([0.5, 0.7]).text() == "60.0 (two seeds)"
+    assert estimate([0.5, 0.5, 0.5]).text(sign=True) == "+50.0 (+50.0 to +50.0)"
 
 
 # --------------------------------------------------------------------------------------------------- tables and figures
