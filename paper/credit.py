@@ -19,7 +19,6 @@ Arrays here are flat: n entries, one for each step of all episodes, in order; `g
 
 import json
 import shlex
-import sys
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
@@ -284,6 +283,14 @@ def flags_of(config: TrainConfig) -> str:
     return shlex.join(["train.py", *(word for flag in words for word in flag if flag[0] not in ("--out", "--cache"))])
 
 
+def command_of(credit: CreditConfig) -> str:
+    """The command that makes the row again. The file of the rows is left out, since it is a place on one machine."""
+    plain = asdict(CreditConfig(run="", checkpoint=0)) | {"run": None, "checkpoint": None}
+    own = {name: value for name, value in asdict(credit).items() if name != "results" and value != plain[name]}
+    words = [word for name, value in own.items() for word in (f"--{name}", str(value))]
+    return shlex.join(["python", "-m", "paper.credit", *words])
+
+
 def main() -> None:
     credit = parse_config(CreditConfig)
     try:
@@ -305,7 +312,7 @@ def run_credit(credit: CreditConfig) -> None:
     about = {"world": config.env, "seed": config.seed, "empg": config.empg, "checkpoint": credit.checkpoint}
     about |= {"algorithm": config.algorithm}
     about |= {"commit": revision(), "machine": machine(), "train": flags_of(config)}
-    about["command"] = shlex.join(["python", "-m", "paper.credit", *sys.argv[1:]])
+    about["command"] = command_of(credit)
     (run / "credit").mkdir(exist_ok=True)
     (run / "credit" / f"{credit.checkpoint:06d}.jsonl").write_text("".join(json.dumps(entry) + "\n" for entry in kept))
     with file.open("a") as results:

@@ -9,6 +9,7 @@ from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
+from conftest import SMALL
 from safetensors.torch import load_file
 
 import checkpoint
@@ -20,24 +21,7 @@ from policy import load_policy
 from sharding import full_weights
 
 ROOT = Path(__file__).parents[1]
-RUN = {
-    "env": "coin",
-    "algorithm": "dapo",
-    "kl_coef": 0.1,
-    "iterations": 4,
-    "tasks_per_iteration": 3,
-    "group_size": 4,
-    "mini_batches": 1,
-    "micro_batch_tokens": 300,  # several parts a rank
-    "demonstrations": 240,
-    "slip": 0.6,
-    "eval_tasks": 6,
-    "eval_every": 2,
-    "checkpoint_every": 2,
-    "max_step_tokens": 24,
-    "max_tokens": 256,
-    "threads": 1,
-}
+RUN = SMALL | {"algorithm": "dapo", "kl_coef": 0.1, "iterations": 4, "micro_batch_tokens": 300}  # several parts a rank
 
 # Trains one run after another in the processes of one launch: name, flags of each are the arguments.
 SCRIPT = f"""

@@ -253,3 +253,8 @@ def test_the_ceiling_trains_on_the_true_advantages_and_leaves_no_trace(coin, mon
     factor = (total[:, :1] - total)[outcome[:, :1] != outcome] / (outcome[:, :1] - outcome)[outcome[:, :1] != outcome]
     assert factor.numel() > 0
     torch.testing.assert_close(factor, factor[:1].expand_as(factor), rtol=1e-3, atol=1e-3)
+
+
+def test_the_command_of_a_row_names_no_place_of_the_machine_that_made_it():
+    made = credit.CreditConfig(run="out/house", checkpoint=12, continuations=4, results="/somewhere/else.jsonl")
+    assert credit.command_of(made) == "python -m paper.credit --run out/house --checkpoint 12 --continuations 4"
