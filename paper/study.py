@@ -15,6 +15,7 @@ import multiprocessing
 import os
 import platform
 import shlex
+import shutil
 import sys
 import time
 from concurrent.futures import ProcessPoolExecutor, as_completed
@@ -101,7 +102,8 @@ def train_flags(world: str, method: str, seed: int) -> list[str]:
 def run_row(world: str, method: str, seed: int, out: str) -> dict:
     """Train and measure, in a process of its own whose output goes to a file."""
     run = Path(out) / world / method / str(seed)
-    run.mkdir(parents=True, exist_ok=True)
+    shutil.rmtree(run, ignore_errors=True)  # what is left of a run that was broken off
+    run.mkdir(parents=True)
     transformers.utils.logging.disable_progress_bar()
     flags = [*train_flags(world, method, seed), "--eval_tasks", "8", "--checkpoint_every", "1000", "--out", str(run)]
     started = time.perf_counter()

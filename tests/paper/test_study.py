@@ -45,6 +45,8 @@ def coin(monkeypatch, tmp_path):
 
 
 def test_a_row_comes_out_the_same_again(coin, tmp_path):
+    """Also where an earlier run was stopped, and saved."""
+    (tmp_path / "b" / "coin" / "grpo_empg" / "3" / "checkpoint-000001").mkdir(parents=True)
     rows = [study.run_row("coin", "grpo_empg", 3, str(tmp_path / name)) for name in ("a", "b")]
     changing = [{name: row.pop(name) for name in ("seconds",)} for row in rows]
     assert rows[0] == rows[1]
