@@ -42,8 +42,11 @@ WORLDS = {
     "--iterations 80 --eval_every 20",
     "webshop": "--env_args products=60 goals=30 --demonstrations 4000 --slip 0.1 --max_step_tokens 48 "
     "--max_tokens 3000 --iterations 30 --eval_every 10",
+    "alfworld": "--data out/study_games --env_args max_steps=30 --demonstrations 15000 --slip 0.1 --max_step_tokens 48 "
+    "--max_tokens 3500 --iterations 20 --eval_every 10",
 }
-TASKS = {"house": 1000, "search": 1000, "webshop": 1000}  # of each held-out split, for the final evaluation
+TASKS = {"house": 1000, "search": 1000, "webshop": 1000, "alfworld": 1000}  # of each held-out split, if there are
+GAMES = {"train": 500, "valid_seen": 300, "valid_unseen": 300}  # of ALFWorld, written here; in small rooms
 
 # The flags of each method: the main eight, three beyond the paper, the sensitivity to k and zeta, the ceiling.
 METHODS = {
@@ -92,6 +95,15 @@ class StudyConfig:
     @property
     def file(self) -> Path:
         return Path(self.results or ROOT / "docs" / "results" / f"{self.world}.jsonl")
+
+
+def write_games(folder: Path) -> None:
+    """The games of the study's ALFWorld, unless they are there."""
+    from worlds import alfworld_games as writer  # the engine is an extra package
+
+    for split, games in GAMES.items():
+        if not (folder / writer.LAYOUT / split).exists():
+            writer.write_games(writer.GamesConfig(str(folder), split, games, receptacles=5, objects=5))
 
 
 def train_flags(world: str, method: str, seed: int) -> list[str]:
@@ -154,6 +166,8 @@ def main() -> None:
     study.file.parent.mkdir(parents=True, exist_ok=True)
     done = {(row["method"], row["seed"]) for row in read_file(study.file)}
     wanted = [(method, seed) for seed in study.seeds for method in study.methods if (method, seed) not in done]
+    if study.world == "alfworld" and wanted:
+        write_games(Path("out/study_games"))
     failed = []
     os.environ["TQDM_DISABLE"] = "1"  # in the processes below; this one has read it already
     # A process for each run, so that nothing of one run is left for the next.
