@@ -116,5 +116,10 @@ def load_shards(folder: Path, model: nn.Module, optimizer: AcceleratedOptimizer)
 
 
 def _state(model: nn.Module, optimizer: AcceleratedOptimizer) -> dict[str, dict]:
+    if not optimizer.state:
+        # torch makes the moments that are missing by a step without gradient and learning rate, and counts that step.
+        get_state_dict(model, optimizer.optimizer)
+        for moments in optimizer.state.values():
+            moments["step"].zero_()
     weights, moments = get_state_dict(model, optimizer.optimizer)
     return {"model": weights, "optimizer": moments}

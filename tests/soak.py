@@ -1,8 +1,8 @@
 """Kill a run at random moments, resume it until it is finished, and compare it with the same run left alone.
 
-    python tests/soak.py --kills 20                 one process
-    python tests/soak.py --kills 20 --ranks 2       two processes, gradients averaged by DDP
-    python tests/soak.py --kills 20 -- --k 0        flags after -- go to train.py
+    python tests/soak.py --kills 20                         one process
+    python tests/soak.py --kills 20 --ranks 2               two processes, gradients averaged by DDP
+    python tests/soak.py --kills 20 --ranks 2 -- --fsdp     the model divided among them; flags after -- go to train.py
 
 Kills alternate. SIGKILL hits one rank at random, and the others are then ended as a launcher ends them. SIGTERM goes to
 all ranks, as when a cluster takes its machines back. Metrics, weights and the optimizer must be equal bit for bit.
@@ -25,10 +25,12 @@ from pathlib import Path
 
 import torch
 from safetensors.torch import load_file
+from torch.distributed.checkpoint.format_utils import dcp_to_torch_save
+from torch.utils._pytree import tree_leaves
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
 import train
-from checkpoint import checkpoints, verify_checkpoint
+from checkpoint import SHARDS, checkpoints, verify_checkpoint
 
 # Every iteration has something to lose: a checkpoint, every second one an evaluation.
 RUN = {
@@ -124,10 +126,22 @@ def differences(a: Path, b: Path) -> list[str]:
             different.append(f"weights of {folders[0].name}")
     for folder in last:
         verify_checkpoint(folder)
-    first, second = (torch.load(folder / "optimizer.pt", weights_only=True)["state"] for folder in last)
-    if not all(torch.equal(value, second[i][name]) for i, part in first.items() for name, value in part.items()):
+    first, second = (optimizer_state(folder) for folder in last)
+    if len(first) != len(second) or not all(map(torch.equal, first, second)):
         different.append("optimizer")
     return different
+
+
+def optimizer_state(folder: Path) -> list[torch.Tensor]:
+    """Moments and numbers of steps of a checkpoint, and if it is sharded the weights in its shards, too."""
+    file = folder / "optimizer.pt"
+    if not file.exists():
+        file = folder.with_suffix(".pt")
+        dcp_to_torch_save(folder / SHARDS, file)
+    leaves = tree_leaves(torch.load(file, weights_only=True))
+    tensors = [leaf for leaf in leaves if isinstance(leaf, torch.Tensor)]
+    assert tensors, f"no optimizer in {folder}"
+    return tensors
 
 
 def soak(kills: int, ranks: int, seed: int, extra: list[str], folder: Path) -> int:

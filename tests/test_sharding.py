@@ -23,7 +23,8 @@ from sharding import full_weights
 ROOT = Path(__file__).parents[1]
 RUN = SMALL | {"algorithm": "dapo", "kl_coef": 0.1, "iterations": 4, "micro_batch_tokens": 300}  # several parts a rank
 
-# Trains one run after another in the processes of one launch: name, flags of each are the arguments.
+# Trains one run after another in the processes of one launch: the flags of each are the argument. A run in a folder
+# "early" is stopped, as by SIGTERM, before its first update.
 SCRIPT = f"""
 import json, sys
 sys.path.insert(0, {str(ROOT)!r})
@@ -45,10 +46,20 @@ def watched(config, learner, batch, iteration):
             file.write(json.dumps([learner.accelerator.num_processes, *parts]) + "\\n")
     return result
 
-train.learn = watched
+sample_groups = train.sample_groups
+
+def stopped_early(config, *rest):
+    if config.out.endswith("early") and not config.resume:
+        raise train.Stopped
+    return sample_groups(config, *rest)
+
+train.learn, train.sample_groups = watched, stopped_early
 for flags in json.loads(sys.argv[1]):
     sys.argv[1:] = flags
-    train.main()
+    try:
+        train.main()
+    except SystemExit as end:
+        assert str(end) == "stopped after iteration 0; go on with --resume"
     AcceleratorState._reset_state()
 """
 
@@ -99,8 +110,9 @@ def launch(tmp_path_factory, cache):
 
 @pytest.fixture(scope="module")
 def sharded(launch) -> Path:
-    """Two ranks with sharded models: four iterations, and two and a resumed run of two more."""
+    """Two ranks with sharded models: four iterations; two and a resumed run of two more; none and then four."""
     runs = [{"out": "whole"}, {"out": "parts", "iterations": 2}, {"out": "parts", "resume": True}]
+    runs += [{"out": "early"}, {"out": "early", "resume": True}]
     return launch(2, [run | {"fsdp": True} for run in runs])
 
 
@@ -138,9 +150,11 @@ def test_two_ranks_with_sharded_models_do_what_one_does(one, sharded):
 
 
 def test_a_sharded_run_is_resumed_bit_for_bit(sharded):
-    whole, parts = sharded / "whole", sharded / "parts"
-    assert (whole / "metrics.jsonl").read_bytes() == (parts / "metrics.jsonl").read_bytes()
-    same_weights(whole, parts, "checkpoint-000004", 0.0)
+    """Also one that was stopped before its first update, when torch makes an optimizer's state by a step of its own."""
+    whole, parts, early = (sharded / name for name in ("whole", "parts", "early"))
+    for resumed in (parts, early):
+        assert (whole / "metrics.jsonl").read_bytes() == (resumed / "metrics.jsonl").read_bytes()
+        same_weights(whole, resumed, "checkpoint-000004", 0.0)
     assert {path.name for path in (parts / "checkpoint-000004" / "shards").iterdir()} == {
         ".metadata",
         "__0_0.distcp",
