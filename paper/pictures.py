@@ -6,6 +6,7 @@ Every line has a style or a marker of its own, so that a print in grey can be re
 from collections.abc import Callable
 from itertools import cycle
 from pathlib import Path
+from textwrap import fill
 
 import numpy as np
 import torch
@@ -16,7 +17,7 @@ from matplotlib.ticker import MaxNLocator
 from empg import gradient_scale
 from figures import LOOKS
 from paper.measure import BINS
-from paper.rows import RESULTS, Row, Study, estimate, read_credit, read_rows
+from paper.rows import RESULTS, TITLES, WORLDS, Row, Study, estimate, read_credit, read_rows
 
 PAIRS = {"GRPO": ("grpo", "grpo_empg"), "DAPO": ("dapo", "dapo_empg")}
 PARTS = {
@@ -210,10 +211,8 @@ def credit() -> Figure:
 
     A row of panels for each world, with the policies that GRPO trained.
     """
-    worlds: dict[str, list[Row]] = {}
-    for row in read_credit():
-        if row["algorithm"] == "grpo" and not row["empg"]:
-            worlds.setdefault(row["world"], []).append(row)
+    trained = [row for row in read_credit() if row["algorithm"] == "grpo" and not row["empg"]]
+    worlds = {world: rows for world in WORLDS if (rows := [row for row in trained if row["world"] == world])}
     figure = Figure(figsize=(10, 3.6 * len(worlds)), layout="constrained")
     for (world, rows), (by_entropy, gains) in zip(
         worlds.items(), figure.subplots(len(worlds), 2, squeeze=False), strict=True
@@ -228,12 +227,16 @@ def credit() -> Figure:
             errors = np.abs(values[:, 1:] - values[:, :1]).T
             places = -np.arange(len(methods)) - 0.15 * shift
             gains.errorbar(values[:, 0], places, xerr=errors, capsize=2, **look | {"linestyle": "none"})
-            gains.set_yticks(-np.arange(len(methods)), [name.removeprefix("grpo_") for name in methods])
-        by_entropy.set(xlabel="fifth of the steps by entropy, lowest first", title=f"{world}: where the credit is")
-        by_entropy.set(ylabel="true credit of a step\n(root mean square, success)", ylim=(0, None), xticks=range(1, 6))
+            gains.set_yticks(
+                -np.arange(len(methods)), [fill(TITLES[name].removeprefix("GRPO + "), 18) for name in methods]
+            )
+        by_entropy.set(title=f"{WORLDS[world]}: where the credit is", ylim=(0, None), xticks=range(1, 6))
+        by_entropy.set(xlabel="fifth of the steps by entropy, lowest first")
+        by_entropy.set(ylabel="true credit of a step\n(root mean square, success)")
         by_entropy.legend(fontsize=8)
         gains.axvline(0, color="black", linewidth=0.8)
-        gains.set(xlabel="correlation with the true advantages, minus GRPO's", title=f"{world}: who finds it")
+        gains.xaxis.set_major_locator(MaxNLocator(5))
+        gains.set(xlabel="correlation with the truth, minus GRPO's", title=f"{WORLDS[world]}: who finds it")
         for axis in (by_entropy, gains):
             axis.grid(alpha=0.3)
     return figure

@@ -11,27 +11,10 @@ from argparse import ArgumentParser, RawDescriptionHelpFormatter
 from pathlib import Path
 
 from paper import pictures
-from paper.rows import Study, area, collapsed, drift, read_credit, read_rows
+from paper.rows import TITLES, WORLDS, Study, area, collapsed, drift, read_credit, read_rows
 
 ROOT = Path(__file__).parents[1]
 DOCUMENTS = ("README.md", "docs/results.md")
-TITLES = {
-    "grpo": "GRPO",
-    "grpo_empg": "GRPO + EMPG",
-    "grpo_scaling": "GRPO + scaling only",
-    "grpo_bonus": "GRPO + bonus only",
-    "dapo": "DAPO",
-    "dapo_empg": "DAPO + EMPG",
-    "dapo_scaling": "DAPO + scaling only",
-    "dapo_bonus": "DAPO + bonus only",
-    "dapo_centered": "DAPO + centring only",
-    "grpo_empg_rank": "GRPO + EMPG, entropy by rank",
-    "grpo_empg_mixed": "GRPO + EMPG, bonus only where rewards differ",
-    "grpo_empg_reversed": "GRPO + EMPG, k = −1",
-    "dapo_empg_reversed": "DAPO + EMPG, k = −1",
-    "grpo_true": "the true advantages (the ceiling)",
-    "true": "the true advantages",
-}
 MAIN = tuple(TITLES)[:9]
 BEYOND = (
     "grpo_empg",
@@ -42,7 +25,6 @@ BEYOND = (
     "dapo_empg",
     "dapo_empg_reversed",
 )
-WORLDS = {"house": "House", "search": "Deep Search", "webshop": "WebShop", "alfworld": "ALFWorld"}
 # Success of Qwen2.5 in the paper, in percent: baseline -> with EMPG.
 PAPER = {
     ("alfworld", "grpo"): "65.6 → 73.7 (1.5B), 74.8 → 78.5 (7B)",

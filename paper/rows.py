@@ -12,6 +12,24 @@ import numpy as np
 from scipy import stats
 
 RESULTS = Path(__file__).parents[1] / "docs" / "results"
+WORLDS = {"house": "House", "search": "Deep Search", "webshop": "WebShop", "alfworld": "ALFWorld"}
+TITLES = {
+    "grpo": "GRPO",
+    "grpo_empg": "GRPO + EMPG",
+    "grpo_scaling": "GRPO + scaling only",
+    "grpo_bonus": "GRPO + bonus only",
+    "dapo": "DAPO",
+    "dapo_empg": "DAPO + EMPG",
+    "dapo_scaling": "DAPO + scaling only",
+    "dapo_bonus": "DAPO + bonus only",
+    "dapo_centered": "DAPO + centring only",
+    "grpo_empg_rank": "GRPO + EMPG, entropy by rank",
+    "grpo_empg_mixed": "GRPO + EMPG, bonus only where rewards differ",
+    "grpo_empg_reversed": "GRPO + EMPG, k = −1",
+    "dapo_empg_reversed": "DAPO + EMPG, k = −1",
+    "grpo_true": "the true advantages (the ceiling)",
+    "true": "the true advantages",
+}
 
 Row = dict
 Measure = Callable[[Row], float]
@@ -104,4 +122,7 @@ def read_rows(name: str) -> list[Row]:
 def read_credit() -> list[Row]:
     """The rows of credit: world by world, GRPO before DAPO, the baseline before EMPG, the warm start first."""
     rows = [{"algorithm": "grpo"} | row for row in read_rows("credit")]  # older rows, all of GRPO, do not say so
-    return sorted(rows, key=lambda row: (row["world"], row["algorithm"] != "grpo", row["empg"], row["checkpoint"]))
+    world = list(WORLDS).index
+    return sorted(
+        rows, key=lambda row: (world(row["world"]), row["algorithm"] != "grpo", row["empg"], row["checkpoint"])
+    )
