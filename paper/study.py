@@ -35,6 +35,9 @@ from train import train
 
 ROOT = Path(__file__).parents[1]
 
+STUDY_GAMES = "out/study_games"  # of ALFWorld, written here; in small rooms
+GAMES = {"train": 500, "valid_seen": 300, "valid_unseen": 300}
+
 # The flags of each world: the same for every method. docs/protocol.md says how they were chosen.
 WORLDS = {
     "house": "--iterations 12 --eval_every 3",
@@ -42,11 +45,10 @@ WORLDS = {
     "--iterations 80 --eval_every 20",
     "webshop": "--env_args products=60 goals=30 --demonstrations 4000 --slip 0.1 --max_step_tokens 48 "
     "--max_tokens 3000 --iterations 30 --eval_every 10",
-    "alfworld": "--data out/study_games --env_args max_steps=30 --demonstrations 15000 --slip 0.1 --max_step_tokens 48 "
+    "alfworld": f"--data {STUDY_GAMES} --env_args max_steps=30 --demonstrations 15000 --slip 0.1 --max_step_tokens 48 "
     "--max_tokens 3500 --iterations 20 --eval_every 10",
 }
 TASKS = {"house": 1000, "search": 1000, "webshop": 1000, "alfworld": 1000}  # of each held-out split, if there are
-GAMES = {"train": 500, "valid_seen": 300, "valid_unseen": 300}  # of ALFWorld, written here; in small rooms
 
 # The flags of each method: the main eight, three beyond the paper, the sensitivity to k and zeta, the ceiling.
 METHODS = {
@@ -167,7 +169,7 @@ def main() -> None:
     done = {(row["method"], row["seed"]) for row in read_file(study.file)}
     wanted = [(method, seed) for seed in study.seeds for method in study.methods if (method, seed) not in done]
     if study.world == "alfworld" and wanted:
-        write_games(Path("out/study_games"))
+        write_games(Path(STUDY_GAMES))
     failed = []
     os.environ["TQDM_DISABLE"] = "1"  # in the processes below; this one has read it already
     # A process for each run, so that nothing of one run is left for the next.

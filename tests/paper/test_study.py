@@ -73,6 +73,19 @@ def test_rows_that_are_there_are_not_run_again(monkeypatch, tmp_path):
     assert len(file.read_text().splitlines()) == 1
 
 
+def test_the_games_of_alfworld_are_written_once_and_in_small_rooms(monkeypatch, tmp_path):
+    pytest.importorskip("alfworld")
+    monkeypatch.setattr(study, "GAMES", {"train": 2, "valid_seen": 1})
+    study.write_games(tmp_path)
+    games = sorted(tmp_path.rglob("game.tw-pddl"))
+    assert [path.relative_to(tmp_path).parts[1] for path in games] == ["train", "train", "valid_seen"]
+    for path in games:
+        assert json.loads(path.read_text())["pddl_problem"].partition("(:goal")[0].count("(receptacleType ") == 5
+    written = [path.stat().st_mtime_ns for path in games]
+    study.write_games(tmp_path)
+    assert [path.stat().st_mtime_ns for path in sorted(tmp_path.rglob("game.tw-pddl"))] == written
+
+
 @pytest.mark.parametrize(
     ("flag", "value", "message"),
     [("--world", "moon", "world must be one of"), ("--methods", "ppo", "got ppo"), ("--jobs", "-1", "at least 0")],
