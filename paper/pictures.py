@@ -52,12 +52,11 @@ def learning_curves() -> Figure:
     figure = Figure(figsize=(4 * len(pairs) + 4, 3.6), layout="constrained")
     *curves, forest = figure.subplots(1, len(pairs) + 1)
     for axis, (name, pair) in zip(curves, pairs.items(), strict=True):
-        seeds = study.seeds(*pair)
-        for method, label, look in zip(pair, (name, f"{name} + EMPG"), looks(), strict=False):
-            rows = [study.rows[method][seed] for seed in seeds]
+        together = study.together(*pair)
+        for rows, label, look in zip(zip(*together, strict=True), (name, f"{name} + EMPG"), looks(), strict=False):
             iterations = range(1, len(rows[0]["curve"]) + 1)
             band(axis, iterations, rows, lambda row: [100 * x for x in row["curve"]], label=label, **look)
-        title = f"{name} in House, {len(seeds)} seeds"
+        title = f"{name} in House, {len(together)} seeds"
         axis.set(xlabel="iteration (64 episodes)", ylabel="success on new tasks, %", ylim=(0, 100), title=title)
         axis.xaxis.set_major_locator(MaxNLocator(integer=True))
         axis.legend(loc="lower right")
@@ -71,8 +70,8 @@ def differences(axis: Axes, study: Study, pairs: dict) -> None:
     shown = []
     for (name, (base, _)), color in zip(pairs.items(), LOOKS["color"], strict=False):
         for (part, key), marker in zip(PARTS.items(), LOOKS["marker"], strict=True):
-            if study.seeds(f"{base}_{key}", base):
-                gain = study.difference(f"{base}_{key}", base)
+            gain = study.difference(f"{base}_{key}", base)
+            if gain.seeds:
                 shown.append((f"{name} + {part}, {gain.seeds} seeds", gain, {"color": color, "marker": marker}))
     for place, (_, gain, look) in enumerate(shown):
         error = [[100 * (gain.mean - gain.low)], [100 * (gain.high - gain.mean)]] if gain.seeds > 1 else None
@@ -190,9 +189,8 @@ def sensitivity() -> Figure:
     }
     figure = Figure(figsize=(8, 3.2), layout="constrained")
     for axis, (name, methods), look in zip(figure.subplots(1, 2, sharey=True), settings.items(), looks(), strict=False):
-        there = {
-            value: study.difference(method, "grpo") for value, method in sorted(methods.items()) if study.of(method)
-        }
+        gains = {value: study.difference(method, "grpo") for value, method in sorted(methods.items())}
+        there = {value: gain for value, gain in gains.items() if gain.seeds}
         means = [100 * gain.mean for gain in there.values()]
         errors = [100 * (gain.high - gain.mean) if gain.seeds > 1 else 0 for gain in there.values()]
         axis.errorbar(list(there), means, errors, capsize=3, **look)

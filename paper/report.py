@@ -120,8 +120,8 @@ def parts_table() -> str:
         "g and f, with centring": ("dapo_empg", "dapo_centered"),
         "g, with f and centring": ("dapo_empg", "dapo_bonus"),
     }
-    gains = {name: study.difference(*pair) for name, pair in steps.items() if study.seeds(*pair)}
-    rows = [[name, gain.text(sign=True), str(gain.seeds)] for name, gain in gains.items()]
+    gains = {name: study.difference(*pair) for name, pair in steps.items()}
+    rows = [[name, gain.text(sign=True), str(gain.seeds)] for name, gain in gains.items() if gain.seeds]
     return markdown(["what is added to DAPO", "difference, points", "seeds"], rows)
 
 
@@ -129,7 +129,7 @@ def split_table() -> str:
     """Success by split and task type, of the worlds that have more than one split."""
     rows = []
     for world, study in studies().items():
-        for split in next(iter(study.rows["grpo"].values()))["eval"]:
+        for split in study.of("grpo")[0]["eval"]:
             types = sorted({name for row in study.of("grpo") for name in row["eval"][split]["task_types"]})
             for name in ("all", *types):
                 measure = lambda row, split=split, name=name: (  # noqa: E731

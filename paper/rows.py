@@ -6,6 +6,7 @@ Intervals are 95 %, by the t distribution: of a mean over the seeds, of a paired
 import json
 from collections.abc import Callable
 from dataclasses import dataclass
+from itertools import product
 from pathlib import Path
 
 import numpy as np
@@ -85,28 +86,34 @@ def collapsed(row: Row) -> bool:
 
 
 class Study:
-    """The rows of one world: by method and seed."""
+    """The rows of one world, by method and seed.
+
+    Rounding differs between kinds of machine, and the same seed is another run on each. So rows of one kind are
+    compared. Each seed counts once: of several rows, those that come first.
+    """
 
     def __init__(self, rows: list[Row]):
-        self.rows: dict[str, dict[int, Row]] = {}
+        self.rows: dict[str, dict[int, list[Row]]] = {}
         for row in rows:
-            self.rows.setdefault(row["method"], {})[row["seed"]] = row
+            self.rows.setdefault(row["method"], {}).setdefault(row["seed"], []).append(row)
 
     def of(self, method: str) -> list[Row]:
-        """The rows of a method, by seed."""
-        return [row for _, row in sorted(self.rows.get(method, {}).items())]
+        """The rows of a method, one for each seed."""
+        return [rows[0] for _, rows in sorted(self.rows.get(method, {}).items())]
 
-    def seeds(self, *methods: str) -> list[int]:
-        """The seeds that all these methods have a row of."""
-        return sorted(set.intersection(*(set(self.rows.get(method, {})) for method in methods)))
+    def together(self, *methods: str) -> list[tuple[Row, ...]]:
+        """A row of each method, from one kind of machine, for every seed that has such rows."""
+        seeds = sorted(set.intersection(*(set(self.rows.get(method, {})) for method in methods)))
+        candidates = [list(product(*(self.rows[method][seed] for method in methods))) for seed in seeds]
+        same = [[rows for rows in seed if len({row["machine"] for row in rows}) == 1] for seed in candidates]
+        return [seed[0] for seed in same if seed]
 
     def mean(self, method: str, measure: Measure = success) -> Estimate:
         return estimate([measure(row) for row in self.of(method)])
 
     def difference(self, method: str, baseline: str, measure: Measure = success) -> Estimate:
         """The method minus the baseline, paired by seed."""
-        pairs = [(self.rows[method][seed], self.rows[baseline][seed]) for seed in self.seeds(method, baseline)]
-        return estimate([measure(a) - measure(b) for a, b in pairs])
+        return estimate([measure(a) - measure(b) for a, b in self.together(method, baseline)])
 
 
 def read_file(file: Path) -> list[Row]:

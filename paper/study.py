@@ -6,8 +6,9 @@
 
 A row is one training run and what was measured of it, a line in docs/results/WORLD.jsonl. Rows that are there are not
 run again, so a study that was stopped goes on with the same command. As many runs are made at once as there are cores,
-each with one thread. The same row comes out on every machine of one kind. docs/protocol.md says what was fixed before
-the first row.
+each with one thread. The same row comes out on every machine of one kind, and another one on another kind. So a seed
+that another kind of machine began and did not finish is begun anew. docs/protocol.md says what was fixed before the
+first row.
 """
 
 import json
@@ -29,7 +30,7 @@ from tqdm import tqdm
 
 from config import TrainConfig, parse_config
 from paper.measure import measure
-from paper.rows import read_file
+from paper.rows import Row, read_file
 from paper.value import training_on_the_truth
 from train import train
 
@@ -154,6 +155,16 @@ def rounded(row: dict) -> dict:
     return json.loads(json.dumps(row), parse_float=lambda number: round(float(number), 4))
 
 
+def missing(rows: list[Row], methods: list[str], seeds: list[int], here: str) -> list[tuple[str, int]]:
+    """The methods and seeds to run on a machine of the kind `here`, so that one kind has every method of each seed."""
+    there: dict[tuple[int, str], set[str]] = {}
+    for row in rows:
+        there.setdefault((row["seed"], row["machine"]), set()).add(row["method"])
+    finished = {seed for (seed, _), done in there.items() if done.issuperset(methods)}
+    open_seeds = [seed for seed in seeds if seed not in finished]
+    return [(method, seed) for seed in open_seeds for method in methods if method not in there.get((seed, here), ())]
+
+
 def machine() -> str:
     """The kind of machine: rows are the same on machines of one kind."""
     info = Path("/proc/cpuinfo")  # on Linux
@@ -166,8 +177,7 @@ def machine() -> str:
 def main() -> None:
     study = parse_config(StudyConfig)
     study.file.parent.mkdir(parents=True, exist_ok=True)
-    done = {(row["method"], row["seed"]) for row in read_file(study.file)}
-    wanted = [(method, seed) for seed in study.seeds for method in study.methods if (method, seed) not in done]
+    wanted = missing(read_file(study.file), study.methods, study.seeds, machine())
     if study.world == "alfworld" and wanted:
         write_games(Path(STUDY_GAMES))
     failed = []

@@ -65,12 +65,26 @@ def test_a_row_comes_out_the_same_again(coin, tmp_path):
 
 def test_rows_that_are_there_are_not_run_again(monkeypatch, tmp_path):
     file = tmp_path / "rows.jsonl"
-    file.write_text(json.dumps({"method": "grpo", "seed": 1}) + "\n")
+    file.write_text(json.dumps({"method": "grpo", "seed": 1, "machine": "of another kind"}) + "\n")
     argv = ["study", "--world", "house", "--methods", "grpo", "--seeds", "1", "--results", str(file)]
     monkeypatch.setattr("sys.argv", argv)
     monkeypatch.setattr(study, "run_row", None)  # whoever runs it would call it
     study.main()
     assert len(file.read_text().splitlines()) == 1
+
+
+def test_a_seed_is_finished_by_the_kind_of_machine_that_has_all_its_methods():
+    """The same seed rounds otherwise on another kind of machine, so its warm start and its pair are others."""
+    there = {"here": {0: ["a", "b"], 1: ["a"], 3: ["b"]}, "elsewhere": {1: ["b"], 2: ["a", "b"], 3: ["a", "b"]}}
+    rows = [
+        {"method": method, "seed": seed, "machine": kind}
+        for kind, seeds in there.items()
+        for seed, methods in seeds.items()
+        for method in methods
+    ]
+    assert study.missing(rows, ["a", "b"], [0, 1, 2, 3, 4], "here") == [("b", 1), ("a", 4), ("b", 4)]
+    assert study.missing(rows, ["b"], [1, 4], "here") == [("b", 4)]
+    assert study.missing([], ["a"], [0], "here") == [("a", 0)]
 
 
 def test_the_games_of_alfworld_are_written_once_and_in_small_rooms(monkeypatch, tmp_path):
@@ -151,22 +165,26 @@ def test_points_of_proposition_1_lie_on_its_curve(house_policy, house_episodes):
 # ---------------------------------------------------------------------------------------------------------- statistics
 
 
-def made_up(values: dict[str, dict[int, float]]) -> Study:
+def made_up(values: dict[str, dict[int, float]], machine: str = "one") -> list[dict]:
     part = lambda x: {"episodes": 10, "success": x}  # noqa: E731
-    return Study(
-        [
-            {"method": method, "seed": seed, "eval": {"a": part(x), "b": part(0.0)}, "curve": [0.2, x]}
-            for method, seeds in values.items()
-            for seed, x in seeds.items()
-        ]
-    )
+    return [
+        {
+            "method": method,
+            "seed": seed,
+            "machine": machine,
+            "eval": {"a": part(x), "b": part(0.0)},
+            "curve": [0.2, x],
+        }
+        for method, seeds in values.items()
+        for seed, x in seeds.items()
+    ]
 
 
 def test_means_and_paired_differences_have_the_intervals_of_scipy():
     rng = np.random.default_rng(0)
     a, b = rng.random(7).tolist(), rng.random(7).tolist()
-    together = made_up({"grpo": dict(enumerate(a)), "grpo_empg": dict(enumerate(b))})
-    mean, difference = together.mean("grpo"), together.difference("grpo_empg", "grpo")
+    world = Study(made_up({"grpo": dict(enumerate(a)), "grpo_empg": dict(enumerate(b))}))
+    mean, difference = world.mean("grpo"), world.difference("grpo_empg", "grpo")
     for got, expected in (
         (mean, stats.ttest_1samp(a, 0).confidence_interval()),
         (difference, stats.ttest_rel(b, a).confidence_interval()),
@@ -174,18 +192,28 @@ def test_means_and_paired_differences_have_the_intervals_of_scipy():
         assert (got.low, got.high) == pytest.approx((expected.low, expected.high))
         assert got.seeds == 7
     assert difference.mean == pytest.approx(np.mean(b) - np.mean(a))
-    assert together.difference("grpo_empg", "grpo", area).mean == pytest.approx(difference.mean / 2)
+    assert world.difference("grpo_empg", "grpo", area).mean == pytest.approx(difference.mean / 2)
 
 
 def test_differences_are_of_the_seeds_that_both_have():
-    together = made_up({"grpo": {0: 0.5, 1: 0.1, 2: 0.9}, "dapo": {1: 0.2, 2: 0.9, 5: 0.7}})
-    assert together.seeds("grpo", "dapo") == [1, 2]
-    assert together.difference("dapo", "grpo").mean == pytest.approx(0.05)
-    assert [collapsed(row) for row in together.of("grpo")] == [False, True, False]
+    world = Study(made_up({"grpo": {0: 0.5, 1: 0.1, 2: 0.9}, "dapo": {1: 0.2, 2: 0.9, 5: 0.7}}))
+    assert [a["seed"] for a, _ in world.together("grpo", "dapo")] == [1, 2]
+    assert world.difference("dapo", "grpo").mean == pytest.approx(0.05)
+    assert [collapsed(row) for row in world.of("grpo")] == [False, True, False]
     assert estimate([0.5]).text() == "50.0 (one seed)"
     assert estimate([]).text() == "no row yet"
     assert estimate([0.5, 0.7]).text() == "60.0 (two seeds)"
     assert estimate([0.5, 0.5, 0.5]).text(sign=True) == "+50.0 (+50.0 to +50.0)"
+
+
+def test_a_pair_is_of_one_kind_of_machine_and_each_seed_counts_once():
+    first = made_up({"grpo": {0: 0.5, 1: 0.1, 2: 0.9}, "dapo": {0: 0.6, 3: 0.4}}, "one")
+    second = made_up({"grpo": {1: 0.2, 0: 0.0}, "dapo": {0: 0.9, 1: 0.5, 2: 0.7}}, "two")
+    world = Study(first + second)
+    assert [a["seed"] for a, _ in world.together("dapo", "grpo")] == [0, 1]  # of 2 there is a row on each
+    assert world.difference("dapo", "grpo").mean == pytest.approx(np.mean([0.6 - 0.5, 0.5 - 0.2]))
+    assert world.mean("grpo").mean == pytest.approx(np.mean([0.5, 0.1, 0.9]))
+    assert Study(second + first).difference("dapo", "grpo").mean == pytest.approx(np.mean([0.9 - 0.0, 0.5 - 0.2]))
 
 
 # --------------------------------------------------------------------------------------------------- tables and figures
@@ -212,7 +240,7 @@ def test_a_table_is_filled_between_its_marks_and_nothing_else_is_touched():
 def test_every_committed_row_can_be_repeated_and_traced():
     for world in report.WORLDS:
         rows = read_rows(world)
-        assert len({(row["method"], row["seed"]) for row in rows}) == len(rows)  # none twice
+        assert len({(row["method"], row["seed"], row["machine"]) for row in rows}) == len(rows)  # none twice
         for row in rows:
             assert (
                 row["command"]
@@ -233,6 +261,5 @@ def test_the_figures_show_the_rows_and_name_their_axes():
         assert all(axis.get_xlabel() or axis.get_shared_x_axes().get_siblings(axis) for axis in figure.axes)
         assert any(axis.get_ylabel() for axis in figure.axes)
     house, line = Study(read_rows("house")), figures[0].axes[0].lines[0]
-    seeds = house.seeds("grpo", "grpo_empg")
-    curves = np.array([house.rows["grpo"][seed]["curve"] for seed in seeds])
+    curves = np.array([row["curve"] for row, _ in house.together("grpo", "grpo_empg")])
     assert line.get_ydata() == pytest.approx(100 * curves.mean(0))
