@@ -125,6 +125,23 @@ def parts_table() -> str:
     return markdown(["what is added to DAPO", "difference, points", "seeds"], rows)
 
 
+def greedy_table() -> str:
+    """The same final policies sampled at temperature 1 and played at temperature 0."""
+    greedy, rows = [row for row in read_rows("greedy") if row["world"] == "house"], []
+    same = {(row["method"], row["seed"], row["machine"]) for row in greedy}
+    sampled = [row for row in read_rows("house") if (row["method"], row["seed"], row["machine"]) in same]
+    for method in MAIN:
+        cells, plain = [], baseline(method)
+        for study in (Study(sampled), Study(greedy)):
+            gain = "" if method == plain else study.difference(method, plain).text(sign=True)
+            cells += [study.mean(method).text(), gain]
+        if count := len(Study(greedy).of(method)):
+            last = Study(sampled).mean(method, lambda row: row["entropy"][-1]).text(1, 3)
+            rows.append([TITLES[method], last, *cells, str(count)])
+    head = ["method", "token entropy in iteration 12, nats", "sampled, %", "difference, points"]
+    return markdown([*head, "greedy, %", "difference, points", "seeds"], rows)
+
+
 def split_table() -> str:
     """Success by split and task type, of the worlds that have more than one split."""
     rows = []
@@ -181,6 +198,7 @@ TABLES = {
     "secondary": secondary_table,
     "beyond": beyond_table,
     "parts": parts_table,
+    "greedy": greedy_table,
     "splits": split_table,
     "credit by entropy": entropy_table,
     "correlation": lambda: gains_table("credit", "pearson"),

@@ -8,12 +8,14 @@ import pytest
 import torch
 from scipy import stats
 
+from checkpoint import checkpoints
 from config import TrainConfig, parse_config
 from empg import kl_k3
 from envs import make_envs
 from episode import Task
-from paper import measure, pictures, report, study
-from paper.rows import Study, area, collapsed, estimate, read_rows, success
+from paper import greedy, measure, pictures, report, study
+from paper.rows import Study, area, collapsed, estimate, read_file, read_rows, success
+from policy import load_policy
 from rollout import rollout
 
 METHOD_FLAGS = {"algorithm", "empg", "k", "k_future", "zeta", "normalization", "bonus_in_all_groups"}
@@ -85,6 +87,30 @@ def test_a_seed_is_finished_by_the_kind_of_machine_that_has_all_its_methods():
     assert study.missing(rows, ["a", "b"], [0, 1, 2, 3, 4], "here") == [("b", 1), ("a", 4), ("b", 4)]
     assert study.missing(rows, ["b"], [1, 4], "here") == [("b", 4)]
     assert study.missing([], ["a"], [0], "here") == [("a", 0)]
+
+
+def test_greedy_rows_are_those_of_temperature_0_and_are_made_once(coin, monkeypatch, tmp_path):
+    study.run_row("coin", "grpo", 3, str(tmp_path))
+    run, file = tmp_path / "coin" / "grpo" / "3", tmp_path / "greedy.jsonl"
+    monkeypatch.setattr("sys.argv", ["greedy", "--runs", str(run), "--results", str(file)])
+    greedy.main()
+    greedy.main()
+    (row,) = read_file(file)
+    assert (row["world"], row["method"], row["seed"]) == ("coin", "grpo", 3)
+    assert str(tmp_path) not in row["command"]
+    policy, tasks = load_policy(str(checkpoints(run)[-1])), [Task("coin", "eval", number) for number in range(12)]
+    limits = {"max_step_tokens": 24, "max_tokens": 256}
+    seeds = [(99, number) for number in range(12)]  # without chance they do not matter
+    played = rollout(policy, make_envs("coin", [], 5), tasks, seeds, temperature=0, **limits)
+    assert success(row) == pytest.approx(np.mean([episode.success for episode in played]), abs=1e-4)
+
+
+def test_greedy_takes_finished_runs_of_the_study_alone(monkeypatch, capsys, tmp_path):
+    monkeypatch.setattr("sys.argv", ["greedy", "--runs", str(tmp_path / "house" / "grpo" / "0")])
+    with pytest.raises(SystemExit) as error:
+        greedy.main()
+    assert error.value.code == 2
+    assert "finished runs of the study" in capsys.readouterr().err
 
 
 def test_the_games_of_alfworld_are_written_once_and_in_small_rooms(monkeypatch, tmp_path):

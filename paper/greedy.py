@@ -1,0 +1,74 @@
+"""Success without chance: final policies of the study again, on the tasks of the study, at temperature 0.
+
+    python -m paper.greedy --runs out/study/house/dapo/14 out/study/house/dapo_empg/14
+
+A policy that stayed uncertain loses by sampling. A method that loses by that alone loses nothing here. A row for each
+run goes to docs/results/greedy.jsonl; rows that are there are not made again.
+"""
+
+import json
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import torch
+import transformers
+from accelerate import Accelerator
+
+from checkpoint import checkpoints
+from config import parse_config, parse_eval_config
+from eval import evaluate, first_tasks, open_envs, summarize
+from paper.rows import RESULTS, Row, read_file
+from paper.study import TASKS, machine, rounded
+from policy import load_policy
+from record import revision
+
+
+@dataclass(frozen=True)
+class GreedyConfig:
+    """Evaluate finished runs of the study again, at temperature 0."""
+
+    runs: list[str] = field(metadata={"help": "folders of runs, .../WORLD/METHOD/SEED"})
+    results: str = field(default=str(RESULTS / "greedy.jsonl"), metadata={"help": "file of the rows"})
+
+    def __post_init__(self):
+        for run in self.runs:
+            if not checkpoints(Path(run)) or Path(run).parts[-3:-2] not in [(world,) for world in TASKS]:
+                raise ValueError(f"runs must be finished runs of the study, .../WORLD/METHOD/SEED, got {run}")
+
+
+def greedy_row(run: Path) -> Row:
+    """The final policy of a run, at temperature 0, on the first tasks of the world's first held-out split."""
+    world, method, seed = run.parts[-3:]
+    checkpoint = str(checkpoints(run)[-1])
+    config = parse_eval_config(["--policy", checkpoint, "--temperature", "0", "--tasks", str(TASKS[world])])
+    torch.set_num_threads(config.threads)
+    envs = open_envs(config, config.batch_size, config.split)
+    tasks = first_tasks(envs[0], world, *config.split, config.tasks)
+    played = evaluate(load_policy(checkpoint), envs, tasks, config, Accelerator(cpu=True))
+    return rounded(
+        {
+            "world": world,
+            "method": method,
+            "seed": int(seed),
+            "commit": revision(),
+            "command": f"python -m paper.greedy --runs out/study/{world}/{method}/{seed}",
+            "machine": machine(),
+            "eval": {config.split[0]: summarize(played)},
+        }
+    )
+
+
+def main() -> None:
+    greedy = parse_config(GreedyConfig)
+    transformers.utils.logging.disable_progress_bar()
+    file = Path(greedy.results)
+    there = {(row["world"], row["method"], str(row["seed"]), row["machine"]) for row in read_file(file)}
+    for run in map(Path, greedy.runs):
+        if (*run.parts[-3:], machine()) not in there:
+            row = greedy_row(run)
+            with file.open("a") as rows:
+                rows.write(json.dumps(row) + "\n")
+
+
+if __name__ == "__main__":
+    main()
