@@ -193,11 +193,8 @@ def sensitivity() -> Figure:
         there = {value: gain for value, gain in gains.items() if gain.seeds}
         means = [100 * gain.mean for gain in there.values()]
         errors = [100 * (gain.high - gain.mean) if gain.seeds > 1 else 0 for gain in there.values()]
-        axis.errorbar(list(there), means, errors, capsize=3, **look)
-        for value, gain in there.items():
-            axis.annotate(
-                f"n={gain.seeds}", (value, 100 * gain.mean), textcoords="offset points", xytext=(4, 6), fontsize=7
-            )
+        axis.errorbar(range(len(there)), means, errors, capsize=3, **look)
+        axis.set_xticks(range(len(there)), [f"{value}\n{gain.seeds} seeds" for value, gain in there.items()])
         axis.axhline(0, color="black", linewidth=0.8)
         axis.set(xlabel=f"{name}, dimensionless", ylabel="success minus GRPO's, points")
         axis.grid(alpha=0.3)
