@@ -1,6 +1,7 @@
 """Success without chance: final policies of the study again, on the tasks of the study, at temperature 0.
 
     python -m paper.greedy --runs out/study/house/dapo/14 out/study/house/dapo_empg/14
+    python -m paper.greedy --first --runs out/study/house/dapo/14       the policy that the run began with
 
 A policy that stayed uncertain loses by sampling. A method that loses by that alone loses nothing here. A row for each
 run goes to docs/results/greedy.jsonl; rows that are there are not made again.
@@ -22,12 +23,15 @@ from paper.study import TASKS, machine, rounded
 from policy import load_policy
 from record import revision
 
+FIRST = "first"  # in the place of a method: the warm start, which all methods of a seed share
+
 
 @dataclass(frozen=True)
 class GreedyConfig:
     """Evaluate finished runs of the study again, at temperature 0."""
 
     runs: list[str] = field(metadata={"help": "folders of runs, .../WORLD/METHOD/SEED"})
+    first: bool = field(default=False, metadata={"help": "the policies that the runs began with; METHOD is then first"})
     results: str = field(default=str(RESULTS / "greedy.jsonl"), metadata={"help": "file of the rows"})
 
     def __post_init__(self):
@@ -36,22 +40,22 @@ class GreedyConfig:
                 raise ValueError(f"runs must be finished runs of the study, .../WORLD/METHOD/SEED, got {run}")
 
 
-def greedy_row(run: Path) -> Row:
-    """The final policy of a run, at temperature 0, on the first tasks of the world's first held-out split."""
+def greedy_row(run: Path, first: bool) -> Row:
+    """The first or final policy of a run, at temperature 0, on the first tasks of the world's first held-out split."""
     world, method, seed = run.parts[-3:]
-    checkpoint = str(checkpoints(run)[-1])
-    config = parse_eval_config(["--policy", checkpoint, "--temperature", "0", "--tasks", str(TASKS[world])])
+    policy = str(run / "first_policy" if first else checkpoints(run)[-1])
+    config = parse_eval_config(["--policy", policy, "--temperature", "0", "--tasks", str(TASKS[world])])
     torch.set_num_threads(config.threads)
     envs = open_envs(config, config.batch_size, config.split)
     tasks = first_tasks(envs[0], world, *config.split, config.tasks)
-    played = evaluate(load_policy(checkpoint), envs, tasks, config, Accelerator(cpu=True))
+    played = evaluate(load_policy(policy), envs, tasks, config, Accelerator(cpu=True))
     return rounded(
         {
             "world": world,
-            "method": method,
+            "method": FIRST if first else method,
             "seed": int(seed),
             "commit": revision(),
-            "command": f"python -m paper.greedy --runs out/study/{world}/{method}/{seed}",
+            "command": f"python -m paper.greedy {'--first ' * first}--runs out/study/{world}/{method}/{seed}",
             "machine": machine(),
             "eval": {config.split[0]: summarize(played)},
         }
@@ -64,8 +68,9 @@ def main() -> None:
     file = Path(greedy.results)
     there = {(row["world"], row["method"], str(row["seed"]), row["machine"]) for row in read_file(file)}
     for run in map(Path, greedy.runs):
-        if (*run.parts[-3:], machine()) not in there:
-            row = greedy_row(run)
+        world, method, seed = run.parts[-3:]
+        if (world, FIRST if greedy.first else method, seed, machine()) not in there:
+            row = greedy_row(run, greedy.first)
             with file.open("a") as rows:
                 rows.write(json.dumps(row) + "\n")
 

@@ -130,6 +130,10 @@ def greedy_table() -> str:
     greedy, rows = [row for row in read_rows("greedy") if row["world"] == "house"], []
     same = {(row["method"], row["seed"], row["machine"]) for row in greedy}
     sampled = [row for row in read_rows("house") if (row["method"], row["seed"], row["machine"]) in same]
+    if begun := {row["seed"]: row for row in greedy if row["method"] == "first"}:
+        start = [row["curve"][0] for row in sampled if row["method"] == "grpo" and row["seed"] in begun]
+        cells = [estimate(start).text(), "", Study(greedy).mean("first").text(), ""]
+        rows.append(["the warm start", "", *cells, str(len(begun))])
     for method in MAIN:
         cells, plain = [], baseline(method)
         for study in (Study(sampled), Study(greedy)):

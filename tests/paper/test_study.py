@@ -95,14 +95,17 @@ def test_greedy_rows_are_those_of_temperature_0_and_are_made_once(coin, monkeypa
     monkeypatch.setattr("sys.argv", ["greedy", "--runs", str(run), "--results", str(file)])
     greedy.main()
     greedy.main()
-    (row,) = read_file(file)
-    assert (row["world"], row["method"], row["seed"]) == ("coin", "grpo", 3)
-    assert str(tmp_path) not in row["command"]
-    policy, tasks = load_policy(str(checkpoints(run)[-1])), [Task("coin", "eval", number) for number in range(12)]
+    monkeypatch.setattr("sys.argv", ["greedy", "--first", "--runs", str(run), "--results", str(file)])
+    greedy.main()
+    last, first = read_file(file)
+    assert (last["world"], last["method"], last["seed"]) == ("coin", "grpo", 3)
+    assert (first["world"], first["method"], first["seed"]) == ("coin", "first", 3)
     limits = {"max_step_tokens": 24, "max_tokens": 256}
-    seeds = [(99, number) for number in range(12)]  # without chance they do not matter
-    played = rollout(policy, make_envs("coin", [], 5), tasks, seeds, temperature=0, **limits)
-    assert success(row) == pytest.approx(np.mean([episode.success for episode in played]), abs=1e-4)
+    tasks, seeds = [Task("coin", "eval", n) for n in range(12)], [(99, n) for n in range(12)]  # the seeds do not matter
+    for row, folder in ((last, checkpoints(run)[-1]), (first, run / "first_policy")):
+        played = rollout(load_policy(str(folder)), make_envs("coin", [], 5), tasks, seeds, temperature=0, **limits)
+        assert success(row) == pytest.approx(np.mean([episode.success for episode in played]), abs=1e-4)
+        assert str(tmp_path) not in row["command"]
 
 
 def test_greedy_takes_finished_runs_of_the_study_alone(monkeypatch, capsys, tmp_path):
