@@ -204,10 +204,9 @@ def sensitivity() -> Figure:
 def credit() -> Figure:
     """The true credit by fifth of entropy, and how much better than GRPO's each method's advantages agree with it.
 
-    A row of panels for each world, with policies that GRPO trained; of several seeds the one that was measured first.
+    A row of panels for each world, with the policies that GRPO trained.
     """
-    trained = [row for row in reversed(read_credit()) if row["algorithm"] == "grpo" and not row["empg"]]
-    trained = sorted({(r["world"], r["checkpoint"]): r for r in trained}.values(), key=lambda r: r["checkpoint"])
+    trained = [row for row in read_credit() if row["algorithm"] == "grpo" and not row["empg"]]
     worlds = {world: rows for world in WORLDS if (rows := [row for row in trained if row["world"] == world])}
     figure = Figure(figsize=(10, 3.6 * len(worlds)), layout="constrained")
     for (world, rows), (by_entropy, gains) in zip(

@@ -171,15 +171,10 @@ def interval(numbers: list[float], decimals: int = 3, sign: bool = False) -> str
     return f"{value} ({low} to {high})".replace("-", "−")
 
 
-def kind_name(row: dict) -> str:
-    """World and training of the policy that a row of credit measured."""
+def policy_name(row: dict) -> str:
     trained = TITLES[row["algorithm"] + "_empg" * row["empg"]]
     after = f"after {row['checkpoint']} iterations of {trained}" if row["checkpoint"] else "warm start"
-    return f"{WORLDS[row['world']]}, {after}"
-
-
-def policy_name(row: dict) -> str:
-    return f"{kind_name(row)}, seed {row['seed']}, {100 * row['success']:.0f} %"
+    return f"{WORLDS[row['world']]}, {after}, seed {row['seed']}, {100 * row['success']:.0f} %"
 
 
 def gains_table(part: str, measure: str, decimals: int = 3) -> str:
@@ -201,22 +196,6 @@ def entropy_table() -> str:
     return markdown(["policy", "lowest fifth", "second", "third", "fourth", "highest fifth"], rows)
 
 
-def policies_table() -> str:
-    """Credit over policies: means over the seeds of every kind of policy that was measured on three or more."""
-    kinds: dict[str, list[dict]] = {}
-    for row in read_credit():
-        kinds.setdefault(kind_name(row), []).append(row)
-    methods, lines = ("grpo_scaling", "grpo_bonus", "grpo_empg", "grpo_empg_reversed"), []
-    for kind, rows in kinds.items():
-        if len(rows) > 2:
-            sizes = [estimate([row["credit_by_entropy"][fifth]["credit"][0] for row in rows]) for fifth in (0, -1)]
-            gains = [estimate([row["credit"][method]["pearson_gain"][0] for row in rows]) for method in methods]
-            cells = [*(size.text(1, 3) for size in sizes), *(gain.text(1, 3, sign=True) for gain in gains)]
-            lines.append([kind, str(len(rows)), *cells])
-    head = ["policies", "seeds", "credit, lowest fifth", "credit, highest fifth"]
-    return markdown([*head, *(TITLES[method].removeprefix("GRPO + ") for method in methods)], lines)
-
-
 TABLES = {
     "headline": headline_table,
     "success": success_table,
@@ -226,7 +205,6 @@ TABLES = {
     "greedy": greedy_table,
     "splits": split_table,
     "credit by entropy": entropy_table,
-    "several policies": policies_table,
     "correlation": lambda: gains_table("credit", "pearson"),
     "rank correlation": lambda: gains_table("credit", "spearman"),
     "same sign": lambda: gains_table("credit", "sign"),
