@@ -284,6 +284,18 @@ def test_every_committed_row_can_be_repeated_and_traced():
             assert 0 <= success(row) <= 1
 
 
+def test_every_committed_greedy_row_is_of_a_row_of_the_study():
+    key = lambda row: (row["world"], row["method"].replace("first", "grpo"), row["seed"], row["machine"])  # noqa: E731
+    trained = {key(row) for world in report.WORLDS for row in read_rows(world)}
+    rows = read_rows("greedy")
+    assert len({(*key(row), row["method"]) for row in rows}) == len(rows) > 0  # none twice
+    for row in rows:
+        assert key(row) in trained
+        assert len(row["commit"]) == 40
+        assert row["command"].endswith(f"--runs out/study/{'/'.join(map(str, key(row)[:3]))}")
+        assert ("--first" in row["command"]) == (row["method"] == "first")
+
+
 def test_the_figures_show_the_rows_and_name_their_axes():
     figures = [draw() for draw in pictures.FIGURES if read_rows("credit" if draw is pictures.credit else "house")]
     for figure in figures:
