@@ -47,7 +47,7 @@ def greedy_row(run: Path, first: bool) -> Row:
     config = parse_eval_config(["--policy", policy, "--temperature", "0", "--tasks", str(TASKS[world])])
     torch.set_num_threads(config.threads)
     envs = open_envs(config, config.batch_size, config.split)
-    tasks = first_tasks(envs[0], world, *config.split, config.tasks)
+    tasks = first_tasks(envs[0], config.env, *config.split, config.tasks)
     played = evaluate(load_policy(policy), envs, tasks, config, Accelerator(cpu=True))
     return rounded(
         {

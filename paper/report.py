@@ -126,23 +126,24 @@ def parts_table() -> str:
 
 
 def greedy_table() -> str:
-    """The same final policies sampled at temperature 1 and played at temperature 0."""
-    greedy, rows = [row for row in read_rows("greedy") if row["world"] == "house"], []
-    same = {(row["method"], row["seed"], row["machine"]) for row in greedy}
-    sampled = [row for row in read_rows("house") if (row["method"], row["seed"], row["machine"]) in same]
-    if begun := {row["seed"]: row for row in greedy if row["method"] == "first"}:
-        start = [row["curve"][0] for row in sampled if row["method"] == "grpo" and row["seed"] in begun]
-        cells = [estimate(start).text(), "", Study(greedy).mean("first").text(), ""]
-        rows.append(["the warm start", "", *cells, str(len(begun))])
-    for method in MAIN:
-        cells, plain = [], baseline(method)
-        for study in (Study(sampled), Study(greedy)):
-            gain = "" if method == plain else study.difference(method, plain).text(sign=True)
-            cells += [study.mean(method).text(), gain]
-        if count := len(Study(greedy).of(method)):
-            last = Study(sampled).mean(method, lambda row: row["entropy"][-1]).text(1, 3)
-            rows.append([TITLES[method], last, *cells, str(count)])
-    head = ["method", "step entropy in iteration 12, nats", "sampled, %", "difference, points"]
+    """The same final policies sampled at temperature 1 and played at temperature 0, of every world that has both."""
+    rows = []
+    for world in WORLDS:
+        played = [row for row in read_rows("greedy") if row["world"] == world]
+        policies = {(row["method"], row["seed"], row["machine"]) for row in played}
+        same = [row for row in read_rows(world) if (row["method"], row["seed"], row["machine"]) in policies]
+        sampled, greedy = Study(same), Study(played)
+        if begun := {row["seed"] for row in greedy.of("first")}:
+            start = estimate([row["curve"][0] for row in sampled.of("grpo") if row["seed"] in begun])
+            cells = [start.text(), "", greedy.mean("first").text(), ""]
+            rows.append([WORLDS[world], "the warm start", "", *cells, str(len(begun))])
+        for method in filter(greedy.of, MAIN):
+            cells, plain = [sampled.mean(method, lambda row: row["entropy"][-1]).text(1, 3)], baseline(method)
+            for study in (sampled, greedy):
+                gain = "" if method == plain else study.difference(method, plain).text(sign=True)
+                cells += [study.mean(method).text(), gain]
+            rows.append([WORLDS[world], TITLES[method], *cells, str(len(greedy.of(method)))])
+    head = ["world", "method", "step entropy at the end, nats", "sampled, %", "difference, points"]
     return markdown([*head, "greedy, %", "difference, points", "seeds"], rows)
 
 

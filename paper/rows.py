@@ -13,7 +13,13 @@ import numpy as np
 from scipy import stats
 
 RESULTS = Path(__file__).parents[1] / "docs" / "results"
-WORLDS = {"house": "House", "search": "Deep Search", "webshop": "WebShop", "alfworld": "ALFWorld"}
+WORLDS = {
+    "house": "House",
+    "house_six": "House, six task types",
+    "search": "Deep Search",
+    "webshop": "WebShop",
+    "alfworld": "ALFWorld",
+}
 TITLES = {
     "grpo": "GRPO",
     "grpo_empg": "GRPO + EMPG",

@@ -33,6 +33,7 @@ from paper.measure import measure
 from paper.rows import Row, read_file
 from paper.value import training_on_the_truth
 from train import train
+from worlds.house import TASK_TYPES
 
 ROOT = Path(__file__).parents[1]
 
@@ -41,15 +42,16 @@ GAMES = {"train": 500, "valid_seen": 300, "valid_unseen": 300}
 
 # The flags of each world: the same for every method. docs/protocol.md says how they were chosen.
 WORLDS = {
-    "house": "--iterations 12 --eval_every 3",
-    "search": "--env_args entities=400 syllables=20 topk=1 --demonstrations 10000 --slip 0.2 --max_step_tokens 48 "
-    "--iterations 80 --eval_every 20",
-    "webshop": "--env_args products=60 goals=30 --demonstrations 4000 --slip 0.1 --max_step_tokens 48 "
-    "--max_tokens 3000 --iterations 30 --eval_every 10",
-    "alfworld": f"--data {STUDY_GAMES} --env_args max_steps=30 --demonstrations 15000 --slip 0.1 --max_step_tokens 48 "
-    "--max_tokens 3500 --iterations 20 --eval_every 10",
+    "house": "--env house --iterations 12 --eval_every 3",
+    "house_six": f"--env house --env_args task_types={','.join(TASK_TYPES)} --iterations 30 --eval_every 10",
+    "search": "--env search --env_args entities=400 syllables=20 topk=1 --demonstrations 10000 --slip 0.2 "
+    "--max_step_tokens 48 --iterations 80 --eval_every 20",
+    "webshop": "--env webshop --env_args products=60 goals=30 --demonstrations 4000 --slip 0.1 "
+    "--max_step_tokens 48 --max_tokens 3000 --iterations 30 --eval_every 10",
+    "alfworld": f"--env alfworld --data {STUDY_GAMES} --env_args max_steps=30 --demonstrations 15000 --slip 0.1 "
+    "--max_step_tokens 48 --max_tokens 3500 --iterations 20 --eval_every 10",
 }
-TASKS = {"house": 1000, "search": 1000, "webshop": 1000, "alfworld": 1000}  # of each held-out split, if there are
+TASKS = dict.fromkeys(WORLDS, 1000)  # of each held-out split, if there are so many
 
 # The flags of each method: the main eight, three beyond the paper, the sensitivity to k and zeta, the ceiling.
 METHODS = {
@@ -111,7 +113,7 @@ def write_games(folder: Path) -> None:
 
 def train_flags(world: str, method: str, seed: int) -> list[str]:
     """The flags of train.py for a row."""
-    return shlex.split(f"--env {world} --seed {seed} --threads 1 {WORLDS[world]} {METHODS[method]}")
+    return shlex.split(f"{WORLDS[world]} --seed {seed} --threads 1 {METHODS[method]}")
 
 
 def run_row(world: str, method: str, seed: int, out: str) -> dict:
