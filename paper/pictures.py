@@ -17,7 +17,7 @@ from matplotlib.ticker import MaxNLocator
 from empg import gradient_scale
 from figures import LOOKS
 from paper.measure import BINS
-from paper.rows import RESULTS, TITLES, WORLDS, Row, Study, estimate, read_credit, read_rows
+from paper.rows import RESULTS, TITLES, WORLDS, Row, Study, estimate, read_credit, read_rows, sampled_and_greedy
 
 PAIRS = {"GRPO": ("grpo", "grpo_empg"), "DAPO": ("dapo", "dapo_empg")}
 PARTS = {
@@ -45,9 +45,9 @@ def band(axis: Axes, x: list[float], rows: list[Row], values: Callable[[Row], li
         axis.fill_between(x, *limits, color=look["color"], alpha=0.15, linewidth=0)
 
 
-def learning_curves() -> Figure:
+def learning_curves(world: str = "house") -> Figure:
     """Success while training, baseline and EMPG, and the paired differences of the final evaluation."""
-    study = Study(read_rows("house"))
+    study = Study(read_rows(world))
     pairs = {name: pair for name, pair in PAIRS.items() if all(map(study.of, pair))}
     figure = Figure(figsize=(4 * len(pairs) + 4, 3.6), layout="constrained")
     *curves, forest = figure.subplots(1, len(pairs) + 1)
@@ -56,13 +56,18 @@ def learning_curves() -> Figure:
         for rows, label, look in zip(zip(*together, strict=True), (name, f"{name} + EMPG"), looks(), strict=False):
             iterations = range(1, len(rows[0]["curve"]) + 1)
             band(axis, iterations, rows, lambda row: [100 * x for x in row["curve"]], label=label, **look)
-        title = f"{name} in House, {len(together)} seeds"
+        title = f"{name}, {WORLDS[world]}, {len(together)} seeds"
         axis.set(xlabel="iteration (64 episodes)", ylabel="success on new tasks, %", ylim=(0, 100), title=title)
         axis.xaxis.set_major_locator(MaxNLocator(integer=True))
         axis.legend(loc="lower right")
         axis.grid(alpha=0.3)
     differences(forest, study, pairs)
     return figure
+
+
+def plateau() -> Figure:
+    """The same in the House with six task types, where the baseline reaches a plateau."""
+    return learning_curves("house_six")
 
 
 def differences(axis: Axes, study: Study, pairs: dict) -> None:
@@ -96,6 +101,27 @@ def kl() -> Figure:
     )
     axis.legend()
     axis.grid(alpha=0.3)
+    return figure
+
+
+def sharpening() -> Figure:
+    """Success of the same policies sampled at temperature 1 and at temperature 0, before and after training."""
+    worlds = {world: pair for world in WORLDS if (pair := sampled_and_greedy(world))[1].rows}
+    figure = Figure(figsize=(3.2 * len(worlds), 3.4), layout="constrained")
+    axes = figure.subplots(1, len(worlds), sharey=True, squeeze=False)[0]
+    names = {"first": "warm start", **{method: TITLES[method] for pair in PAIRS.values() for method in pair}}
+    for axis, (world, studies) in zip(axes, worlds.items(), strict=True):
+        for study, label, look in zip(studies, ("sampled", "temperature 0"), looks(), strict=False):
+            means = [100 * study.mean(method).mean for method in names]
+            errors = [100 * (study.mean(method).high - study.mean(method).mean) for method in names]
+            axis.errorbar(range(len(names)), means, errors, capsize=3, label=label, **look | {"linestyle": "none"})
+        axis.set_xticks(range(len(names)), [name.replace(" + ", "\n+ ") for name in names.values()], fontsize=7)
+        seeds = sorted({len(studies[1].of(method)) for method in names})
+        seeds = f"{seeds[0]} to {seeds[-1]}" if len(seeds) > 1 else seeds[0]
+        axis.set(xlabel="policy", title=f"{WORLDS[world]}, {seeds} seeds", ylim=(0, 100))
+        axis.grid(alpha=0.3, axis="y")
+    axes[0].set(ylabel="success on held-out tasks, %")
+    axes[0].legend(loc="lower right")
     return figure
 
 
@@ -213,7 +239,7 @@ def credit() -> Figure:
         worlds.items(), figure.subplots(len(worlds), 2, squeeze=False), strict=True
     ):
         for shift, (row, look) in enumerate(zip(rows, looks(), strict=False)):
-            label = f"{row['checkpoint']} iterations, {100 * row['success']:.0f} % success"
+            label = f"{row['checkpoint']} iterations, seed {row['seed']}, {100 * row['success']:.0f} % success"
             fifths = np.array([fifth["credit"] for fifth in row["credit_by_entropy"]])
             errors = np.abs(fifths[:, 1:] - fifths[:, :1]).T
             by_entropy.errorbar(np.arange(1, 6) + 0.06 * shift, fifths[:, 0], errors, capsize=3, label=label, **look)
@@ -237,14 +263,25 @@ def credit() -> Figure:
     return figure
 
 
-FIGURES = (learning_curves, kl, entropy_change, proposition, g_and_f, sensitivity, credit)
+# The figures, and the rows that each is made of.
+FIGURES = {
+    learning_curves: "house",
+    plateau: "house_six",
+    sharpening: "greedy",
+    kl: "house",
+    entropy_change: "house",
+    proposition: "house",
+    g_and_f: "house",
+    sensitivity: "house",
+    credit: "credit",
+}
 
 
 def draw_all() -> list[Path]:
     """Write every figure whose rows are there; returns the files."""
     files = []
-    for draw in FIGURES:
-        if read_rows("credit" if draw is credit else "house"):
+    for draw, rows in FIGURES.items():
+        if read_rows(rows):
             files.append(RESULTS / f"{draw.__name__}.png")
             draw().savefig(files[-1], dpi=120)
     return files

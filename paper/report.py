@@ -11,7 +11,17 @@ from argparse import ArgumentParser, RawDescriptionHelpFormatter
 from pathlib import Path
 
 from paper import pictures
-from paper.rows import TITLES, WORLDS, Study, area, collapsed, drift, estimate, read_credit, read_rows
+from paper.rows import (
+    TITLES,
+    WORLDS,
+    Study,
+    area,
+    collapsed,
+    drift,
+    read_credit,
+    read_rows,
+    sampled_and_greedy,
+)
 
 ROOT = Path(__file__).parents[1]
 DOCUMENTS = ("README.md", "docs/results.md")
@@ -129,18 +139,12 @@ def greedy_table() -> str:
     """The same final policies sampled at temperature 1 and played at temperature 0, of every world that has both."""
     rows = []
     for world in WORLDS:
-        played = [row for row in read_rows("greedy") if row["world"] == world]
-        policies = {(row["method"], row["seed"], row["machine"]) for row in played}
-        same = [row for row in read_rows(world) if (row["method"], row["seed"], row["machine"]) in policies]
-        sampled, greedy = Study(same), Study(played)
-        if begun := {row["seed"] for row in greedy.of("first")}:
-            start = estimate([row["curve"][0] for row in sampled.of("grpo") if row["seed"] in begun])
-            cells = [start.text(), "", greedy.mean("first").text(), ""]
-            rows.append([WORLDS[world], "the warm start", "", *cells, str(len(begun))])
-        for method in filter(greedy.of, MAIN):
-            cells, plain = [sampled.mean(method, lambda row: row["entropy"][-1]).text(1, 3)], baseline(method)
+        sampled, greedy = sampled_and_greedy(world)
+        for method in filter(greedy.of, ("first", *MAIN)):
+            plain, first = baseline(method), method == "first"
+            cells = ["" if first else sampled.mean(method, lambda row: row["entropy"][-1]).text(1, 3)]
             for study in (sampled, greedy):
-                gain = "" if method == plain else study.difference(method, plain).text(sign=True)
+                gain = "" if first or method == plain else study.difference(method, plain).text(sign=True)
                 cells += [study.mean(method).text(), gain]
             rows.append([WORLDS[world], TITLES[method], *cells, str(len(greedy.of(method)))])
     head = ["world", "method", "step entropy at the end, nats", "sampled, %", "difference, points"]

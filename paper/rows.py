@@ -36,6 +36,7 @@ TITLES = {
     "dapo_empg_reversed": "DAPO + EMPG, k = −1",
     "grpo_true": "the true advantages (the ceiling)",
     "true": "the true advantages",
+    "first": "the warm start",
 }
 
 Row = dict
@@ -130,6 +131,22 @@ def read_file(file: Path) -> list[Row]:
 def read_rows(name: str) -> list[Row]:
     """The rows of docs/results/NAME.jsonl."""
     return read_file(RESULTS / f"{name}.jsonl")
+
+
+def sampled_and_greedy(world: str) -> tuple[Study, Study]:
+    """The policies that were played at temperature 0, too: their rows sampled at temperature 1, and those at 0.
+
+    The method "first" is the warm start. Its sampled success is that of the 64 training episodes of iteration 1.
+    """
+    greedy = [row for row in read_rows("greedy") if row["world"] == world]
+    policies = {(row["method"], row["seed"], row["machine"]) for row in greedy}
+    sampled = []
+    for row in read_rows(world):
+        policy, first = ((method, row["seed"], row["machine"]) for method in (row["method"], "first"))
+        sampled += [row] * (policy in policies)
+        if row["method"] == "grpo" and first in policies:
+            sampled.append(row | {"method": "first", "eval": {"train": {"success": row["curve"][0]}}})
+    return Study(sampled), Study(greedy)
 
 
 def read_credit() -> list[Row]:

@@ -297,7 +297,7 @@ def test_every_committed_greedy_row_is_of_a_row_of_the_study():
 
 
 def test_the_figures_show_the_rows_and_name_their_axes():
-    figures = [draw() for draw in pictures.FIGURES if read_rows("credit" if draw is pictures.credit else "house")]
+    figures = [draw() for draw, rows in pictures.FIGURES.items() if read_rows(rows)]
     for figure in figures:
         assert all(axis.get_xlabel() or axis.get_shared_x_axes().get_siblings(axis) for axis in figure.axes)
         assert any(axis.get_ylabel() for axis in figure.axes)
