@@ -15,7 +15,7 @@ from scipy import stats
 RESULTS = Path(__file__).parents[1] / "docs" / "results"
 WORLDS = {
     "house": "House",
-    "house_six": "House, six task types",
+    "house_weak": "House, weak imitation",
     "search": "Deep Search",
     "webshop": "WebShop",
     "alfworld": "ALFWorld",
