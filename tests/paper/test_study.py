@@ -14,7 +14,7 @@ from empg import kl_k3
 from envs import make_envs
 from episode import Task
 from paper import greedy, measure, pictures, report, study
-from paper.rows import Study, area, collapsed, estimate, read_file, read_rows, success
+from paper.rows import Study, area, collapsed, estimate, read_file, read_rows, sampled_and_greedy, success
 from policy import load_policy
 from rollout import rollout
 
@@ -243,6 +243,22 @@ def test_a_pair_is_of_one_kind_of_machine_and_each_seed_counts_once():
     assert world.difference("dapo", "grpo").mean == pytest.approx(np.mean([0.6 - 0.5, 0.5 - 0.2]))
     assert world.mean("grpo").mean == pytest.approx(np.mean([0.5, 0.1, 0.9]))
     assert Study(second + first).difference("dapo", "grpo").mean == pytest.approx(np.mean([0.9 - 0.0, 0.5 - 0.2]))
+
+
+def test_sampled_and_greedy_rows_are_of_the_same_policies(monkeypatch):
+    """A seed on another kind of machine is another policy; the warm start's sampled success is that of iteration 1."""
+    sampled = made_up({"grpo": {0: 0.5, 1: 0.6, 2: 0.7}, "grpo_empg": {0: 0.4}}) + made_up({"grpo": {1: 0.1}}, "two")
+    greedy = made_up({"first": {0: 0.8}, "grpo": {0: 0.9}, "grpo_empg": {0: 0.95}}) + made_up({"grpo": {1: 1.0}}, "two")
+    rows = {"house": sampled, "greedy": [row | {"world": "house"} for row in greedy]}
+    monkeypatch.setattr("paper.rows.read_rows", lambda name: rows.get(name, []))
+    at_1, at_0 = sampled_and_greedy("house")
+    of = lambda study, method: [(row["seed"], row["machine"], success(row)) for row in study.of(method)]  # noqa: E731
+    assert of(at_1, "grpo") == [(0, "one", 0.5), (1, "two", 0.1)]
+    assert of(at_0, "grpo") == [(0, "one", 0.9), (1, "two", 1.0)]
+    assert of(at_1, "first") == [(0, "one", 0.2)]
+    assert at_1.difference("grpo_empg", "grpo").mean == pytest.approx(-0.1)
+    assert at_0.difference("grpo_empg", "grpo").mean == pytest.approx(0.05)
+    assert [study.rows for study in sampled_and_greedy("webshop")] == [{}, {}]
 
 
 # --------------------------------------------------------------------------------------------------- tables and figures
