@@ -56,7 +56,7 @@ def learning_curves(world: str = "house") -> Figure:
         for rows, label, look in zip(zip(*together, strict=True), (name, f"{name} + EMPG"), looks(), strict=False):
             iterations = range(1, len(rows[0]["curve"]) + 1)
             band(axis, iterations, rows, lambda row: [100 * x for x in row["curve"]], label=label, **look)
-        title = f"{name}, {WORLDS[world]}, {len(together)} seeds"
+        title = f"{name}\n{WORLDS[world]}, {len(together)} seeds"
         axis.set(xlabel="iteration (64 episodes)", ylabel="success on new tasks, %", ylim=(0, 100), title=title)
         axis.xaxis.set_major_locator(MaxNLocator(integer=True))
         axis.legend(loc="lower right")
