@@ -15,6 +15,7 @@ Differences from the papers: DAPO's length penalty counts the tokens of the whol
 Not covered: models whose weights, in the type that they compute in, do not fit on one device.
 """
 
+import sys
 from collections import defaultdict
 from pathlib import Path
 
@@ -76,6 +77,12 @@ def train(config: TrainConfig) -> None:
         save(config, learner, state)
         accelerator.end_training()
         raise SystemExit(f"stopped after iteration {state['iteration']}; go on with --resume") from None
+    except RuntimeError as error:
+        if not lost_a_rank(error):
+            raise
+        # Said here, while SIGTERM is caught: as soon as one process has died, the launcher sends it to the others.
+        print("another process of this run has ended; go on from the last checkpoint with --resume", file=sys.stderr)
+        raise SystemExit(1) from None
     finally:
         stop.close()
     finish(config, accelerator, record, state)
@@ -273,9 +280,7 @@ def main() -> None:
     except RuntimeError as error:
         if not lost_a_rank(error):
             raise
-        raise SystemExit(
-            "another process of this run has ended; go on from the last checkpoint with --resume"
-        ) from None
+        raise SystemExit("another process ended while the run was being prepared") from None
     except KeyboardInterrupt:
         raise SystemExit("stopped; the last checkpoint, if there is one, is complete: go on with --resume") from None
 

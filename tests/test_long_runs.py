@@ -112,6 +112,24 @@ def test_a_run_killed_at_random_moments_comes_out_the_same():
     assert "3 kills" in result.stdout
 
 
+def test_a_lost_rank_is_told_while_the_launchers_signal_is_still_caught(run, monkeypatch, capsys):
+    """Told after the handlers are given back, it was lost whenever the launcher's SIGTERM came in between."""
+    said, close = [], StopRequest.close
+
+    def closed(stop):
+        said.append(capsys.readouterr().err)
+        close(stop)
+
+    def lost(*_):
+        raise RuntimeError("[pair.cc:534] Connection closed by peer [127.0.0.1]:2024")
+
+    monkeypatch.setattr(train, "learn", lost)
+    monkeypatch.setattr(StopRequest, "close", closed)
+    with pytest.raises(SystemExit):
+        run(**EVERY)
+    assert "another process of this run has ended; go on from the last checkpoint with --resume" in said[0]
+
+
 def test_another_number_of_ranks_goes_on_and_when_one_is_killed_the_others_end(whole, cache, tmp_path):
     """A rank that waits for a dead one waits for ever, or for half an hour."""
     out = tmp_path / "run"
