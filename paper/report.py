@@ -10,6 +10,8 @@ import re
 from argparse import ArgumentParser, RawDescriptionHelpFormatter
 from pathlib import Path
 
+from scipy import stats
+
 from paper import pictures
 from paper.rows import (
     TITLES,
@@ -18,9 +20,11 @@ from paper.rows import (
     area,
     collapsed,
     drift,
+    estimate,
     read_credit,
     read_rows,
     sampled_and_greedy,
+    success,
 )
 
 ROOT = Path(__file__).parents[1]
@@ -135,6 +139,19 @@ def parts_table() -> str:
     return markdown(["what is added to DAPO", "difference, points", "seeds"], rows)
 
 
+def replication_table() -> str:
+    """House with a weak imitation: the seeds on which EMPG gained, the seeds of the replication, and both."""
+    rows, lines = read_rows("house_weak"), []
+    for method in ("grpo_empg", "dapo_empg"):
+        for name, seeds in {"0 to 9": range(10), "10 to 19": range(10, 20), "0 to 19": range(20)}.items():
+            study, plain = Study([row for row in rows if row["seed"] in seeds]), baseline(method)
+            gains = [success(a) - success(b) for a, b in study.together(method, plain)]
+            if len(gains) > 1:
+                above, p = f"{sum(gain > 0 for gain in gains)} of {len(gains)}", stats.ttest_1samp(gains, 0).pvalue
+                lines.append([TITLES[method], name, estimate(gains).text(sign=True), above, f"{p:.3f}"])
+    return markdown(["method", "seeds", "difference to the baseline, points", "seeds above it", "p"], lines)
+
+
 def greedy_table() -> str:
     """The same final policies sampled at temperature 1 and played at temperature 0, of every world that has both."""
     rows = []
@@ -207,6 +224,7 @@ TABLES = {
     "secondary": secondary_table,
     "beyond": beyond_table,
     "parts": parts_table,
+    "replication": replication_table,
     "greedy": greedy_table,
     "splits": split_table,
     "credit by entropy": entropy_table,
