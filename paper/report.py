@@ -24,7 +24,6 @@ from paper.rows import (
     read_credit,
     read_rows,
     sampled_and_greedy,
-    success,
 )
 
 ROOT = Path(__file__).parents[1]
@@ -144,11 +143,9 @@ def replication_table() -> str:
     rows, lines = read_rows("house_weak"), []
     for method in ("grpo_empg", "dapo_empg"):
         for name, seeds in {"0 to 9": range(10), "10 to 19": range(10, 20), "0 to 19": range(20)}.items():
-            study, plain = Study([row for row in rows if row["seed"] in seeds]), baseline(method)
-            gains = [success(a) - success(b) for a, b in study.together(method, plain)]
-            if len(gains) > 1:
-                above, p = f"{sum(gain > 0 for gain in gains)} of {len(gains)}", stats.ttest_1samp(gains, 0).pvalue
-                lines.append([TITLES[method], name, estimate(gains).text(sign=True), above, f"{p:.3f}"])
+            gains = Study([row for row in rows if row["seed"] in seeds]).gains(method, baseline(method))
+            above, p = f"{sum(gain > 0 for gain in gains)} of {len(gains)}", stats.ttest_1samp(gains, 0).pvalue
+            lines.append([TITLES[method], name, estimate(gains).text(sign=True), above, f"{p:.3f}"])
     return markdown(["method", "seeds", "difference to the baseline, points", "seeds above it", "p"], lines)
 
 

@@ -4,6 +4,7 @@ Intervals are 95 %, by the t distribution: of a mean over the seeds, of a paired
 """
 
 import json
+import re
 from collections.abc import Callable
 from dataclasses import dataclass
 from itertools import product
@@ -118,9 +119,13 @@ class Study:
     def mean(self, method: str, measure: Measure = success) -> Estimate:
         return estimate([measure(row) for row in self.of(method)])
 
+    def gains(self, method: str, baseline: str, measure: Measure = success) -> list[float]:
+        """The method minus the baseline, for every seed that has both."""
+        return [measure(a) - measure(b) for a, b in self.together(method, baseline)]
+
     def difference(self, method: str, baseline: str, measure: Measure = success) -> Estimate:
         """The method minus the baseline, paired by seed."""
-        return estimate([measure(a) - measure(b) for a, b in self.together(method, baseline)])
+        return estimate(self.gains(method, baseline, measure))
 
 
 def read_file(file: Path) -> list[Row]:
@@ -152,8 +157,9 @@ def sampled_and_greedy(world: str) -> tuple[Study, Study]:
 def read_credit() -> list[Row]:
     """The rows of credit: world by world, GRPO before DAPO, the baseline before EMPG, the warm start first."""
     rows = [{"algorithm": "grpo"} | row for row in read_rows("credit")]  # older rows, all of GRPO, do not say so
-    for row in rows:  # a row names the environment; two worlds of the study are in House
-        row["world"] = "house_weak" if "--demonstrations 1600" in row["train"] else row["world"]
+    for row in rows:  # a row names the environment, and two worlds of the study are in House: its folder tells which
+        folder = re.search(r"out/study/(\w+)/", row["command"])
+        row["world"] = folder[1] if folder else row["world"]
     world = list(WORLDS).index
     return sorted(
         rows, key=lambda row: (world(row["world"]), row["algorithm"] != "grpo", row["empg"], row["checkpoint"])
