@@ -25,14 +25,14 @@ from accelerate.utils import InitProcessGroupKwargs
 from scipy import stats
 
 from config import EvalConfig, TrainConfig, parse_eval_config
+from engine.ranks import gathered, sharding_accelerator
+from engine.record import RecordError, reporting, require_writable
+from engine.sampler import sampling_weights
+from engine.stopping import play_together
 from envs import PLAYERS, Env, example, held_out_splits, make_envs
 from episode import Episode, Task, save_episodes
 from policy import Policy, PolicyError, load_policy, require_context
-from record import RecordError, reporting, require_writable
 from rollout import play_scripted, rollout
-from sampler import sampling_weights
-from sharding import gathered, sharding_accelerator
-from stopping import play_together
 
 # How long a rank waits for another. One whose episodes are long may sample for an hour while the others wait, and NCCL
 # would give up after ten minutes. When a rank dies, the launcher ends the others at once.

@@ -10,13 +10,13 @@ import numpy as np
 from tqdm import tqdm
 
 from config import TrainConfig
+from engine.ranks import gathered
+from engine.sampler import sampling_weights
+from engine.stopping import play_together
 from envs import Env
 from episode import Episode, Task
 from eval import enough_memory, require_steps
 from rollout import rollout
-from sampler import sampling_weights
-from sharding import gathered
-from stopping import play_together
 from update import Learner
 
 

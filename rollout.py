@@ -19,10 +19,10 @@ import numpy as np
 import torch
 from tqdm import tqdm
 
+from engine.sampler import Sampler
 from envs import Env, Player, format_response, parse_response
 from episode import Episode, Step, Task
 from policy import Dialogue, Policy
-from sampler import Sampler
 
 # --------------------------------------------------------------------------------------------------------- episodes
 

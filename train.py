@@ -24,9 +24,7 @@ import transformers
 from accelerate import Accelerator
 from accelerate.utils import broadcast_object_list
 
-from checkpoint import CheckpointError, checkpoint_path, keep_best, restore, run_position, save
 from config import TrainConfig, parse_config
-from cost import dry_run
 from empg import (
     NORMALIZATIONS,
     center,
@@ -39,16 +37,18 @@ from empg import (
     spread,
     step_entropy,
 )
+from engine.checkpoint import CheckpointError, checkpoint_path, keep_best, restore, run_position, save
+from engine.ranks import whole
+from engine.record import Modulation, Record, RecordError, episode_metrics, eval_metrics, step_metrics, update_metrics
+from engine.stopping import Stopped, StopRequest, lost_a_rank
 from envs import Env, careless_player, fingerprint
 from episode import Batch, collate, save_episodes
 from eval import enough_memory, evaluate, first_tasks, open_envs, start_ranks, summarize, table
 from groups import sample_groups, train_task
 from policy import Dialogue, PolicyError, require_context
-from record import Modulation, Record, RecordError, episode_metrics, eval_metrics, step_metrics, update_metrics
 from rollout import dialogue, play_scripted
-from sharding import whole
-from stopping import Stopped, StopRequest, lost_a_rank
 from tiny import TinyConfig, warm_start
+from tools.cost import dry_run
 from update import (
     Learner,
     NotFiniteError,

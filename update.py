@@ -16,10 +16,10 @@ from torch import Tensor
 
 from config import TrainConfig
 from empg import aggregate, kl_k3, policy_loss
+from engine.ranks import prepare_frozen
+from engine.scorer import scoring
 from episode import Batch
 from policy import Policy, load_policy
-from scorer import scoring
-from sharding import prepare_frozen
 
 
 @dataclass(frozen=True)

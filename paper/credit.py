@@ -28,18 +28,18 @@ import torch
 from accelerate import Accelerator
 from scipy import stats
 
-from checkpoint import checkpoint_path
 from config import TrainConfig, parse_config
 from empg import aggregate, loss_normalizer
+from engine.checkpoint import checkpoint_path
+from engine.record import modulated, revision
+from engine.scorer import scoring
 from envs import Env
 from episode import Episode, Task, collate
 from eval import open_envs
 from paper.study import METHODS, ROOT, machine, rounded
 from paper.value import play_continuations, values
 from policy import Policy, PolicyError, load_policy
-from record import modulated, revision
 from rollout import rollout
-from scorer import scoring
 from train import assign_credit
 from update import sampled_logp
 

@@ -15,13 +15,13 @@ import torch
 import transformers
 from accelerate import Accelerator
 
-from checkpoint import checkpoints
 from config import parse_config, parse_eval_config
+from engine.checkpoint import checkpoints
+from engine.record import revision
 from eval import evaluate, first_tasks, open_envs, summarize
 from paper.rows import RESULTS, Row, read_file
 from paper.study import TASKS, machine, rounded
 from policy import load_policy
-from record import revision
 
 FIRST = "first"  # in the place of a method: the warm start, which all methods of a seed share
 

@@ -13,9 +13,9 @@ import torch
 from accelerate import Accelerator
 from torch import Tensor
 
-from checkpoint import checkpoints
 from config import TrainConfig
 from empg import expected_score_norm, kl_k3, step_entropy, token_logp_and_entropy
+from engine.checkpoint import checkpoints
 from envs import held_out_splits
 from episode import Episode, Step, Task, collate
 from eval import evaluate, first_tasks, has_tasks, open_envs, summarize

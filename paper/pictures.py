@@ -15,7 +15,7 @@ from matplotlib.figure import Figure  # not pyplot, which would choose a backend
 from matplotlib.ticker import MaxNLocator
 
 from empg import gradient_scale
-from figures import LOOKS
+from engine.figures import LOOKS
 from paper.measure import BINS
 from paper.rows import RESULTS, TITLES, WORLDS, Row, Study, estimate, read_credit, read_rows, sampled_and_greedy
 

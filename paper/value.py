@@ -15,10 +15,10 @@ from tqdm import tqdm
 
 import train
 from config import TrainConfig
+from engine.record import Modulation
 from envs import Env
 from episode import Batch, Episode, replay
 from policy import Policy
-from record import Modulation
 from rollout import play_on
 
 

@@ -30,7 +30,7 @@ from torch.utils._pytree import tree_leaves
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
 import train
-from checkpoint import SHARDS, checkpoints, verify_checkpoint
+from engine.checkpoint import SHARDS, checkpoints, verify_checkpoint
 
 # Every iteration has something to lose: a checkpoint, every second one an evaluation.
 RUN = {

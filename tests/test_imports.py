@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).parents[1]
-FILES = [path for folder in ("", "worlds/", "paper/") for path in sorted(ROOT.glob(f"{folder}[!_]*.py"))]
+FILES = [path for folder in ("", "engine/", "tools/", "worlds/", "paper/") for path in sorted(ROOT.glob(f"{folder}[!_]*.py"))]
 TREES = {".".join(path.relative_to(ROOT).with_suffix("").parts): ast.parse(path.read_text()) for path in FILES}
 WORLDS = {name for name in TREES if name.startswith("worlds.")}
 PAPER = {name for name in TREES if name.startswith("paper.")}
@@ -37,23 +37,24 @@ def reached(name: str) -> set[str]:
 ALLOWED = {
     "empg": set(),
     "episode": set(),
-    "figures": set(),
+    "engine.figures": set(),
     "policy": set(),
     "tiny": {"policy"},
     "envs": WORLDS,
     "config": {"empg", "envs", *WORLDS},
-    "stopping": set(),
-    "checkpoint": {"policy", "config", "empg", "envs", "episode", "scorer", "sharding", "update", *WORLDS},
-    "kv_cache": set(),
-    "sampler": {"empg", "policy", "kv_cache"},
-    "rollout": {"empg", "episode", "policy", "kv_cache", "sampler", "envs", *WORLDS},
-    "scorer": {"policy"},
-    "sharding": set(),
-    "update": {"empg", "episode", "policy", "scorer", "sharding", "config", "envs", *WORLDS},
-    "record": {"empg", "episode", "config", "envs", "figures", *WORLDS},
+    "engine.stopping": set(),
+    "engine.checkpoint": {"policy", "config", "empg", "envs", "episode", "engine.scorer", "engine.ranks", "update", *WORLDS},
+    "engine.kv_cache": set(),
+    "engine": set(),
+    "engine.sampler": {"empg", "policy", "engine", "engine.kv_cache"},
+    "rollout": {"empg", "episode", "policy", "engine.kv_cache", "engine.sampler", "envs", *WORLDS},
+    "engine.scorer": {"policy"},
+    "engine.ranks": set(),
+    "update": {"empg", "episode", "policy", "engine.scorer", "engine.ranks", "config", "envs", *WORLDS},
+    "engine.record": {"empg", "episode", "config", "envs", "engine.figures", *WORLDS},
     "eval": {
-        *("empg", "episode", "policy", "envs", "config", "kv_cache", "sampler", "rollout", "record", "figures"),
-        *("sharding", "stopping"),
+        *("empg", "episode", "policy", "envs", "config", "engine.kv_cache", "engine.sampler", "rollout", "engine.record", "engine.figures"),
+        *("engine.ranks", "engine.stopping"),
         *WORLDS,
     },
 } | dict.fromkeys(WORLDS, WORLDS)
@@ -62,8 +63,8 @@ ALLOWED = {
 def test_imports_run_one_way():
     order = list(TopologicalSorter(GRAPH).static_order())  # CycleError names the cycle
     assert set(order) == set(TREES)
-    above = {"groups", "train", "bench", "bench_rollout", "bench_scale", "export"}
-    for program in ("train", "eval", "bench"):
+    above = {"groups", "train", *(name for name in TREES if name.startswith("tools."))}
+    for program in ("train", "eval", "tools.bench"):
         assert {name for name in GRAPH if program in GRAPH[name]} <= above | PAPER
     assert all(not GRAPH[name] & PAPER for name in TREES.keys() - PAPER)  # the pipeline does not know the study
 
@@ -104,7 +105,7 @@ def state():
         "logs": (list(logging.root.handlers), logging.root.level),
         "handlers": [signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)],
         "process": (dict(os.environ), os.getcwd(), os.listdir(), list(sys.argv)),
-        "figures": matplotlib.rcParams._get("backend"),
+        "engine.figures": matplotlib.rcParams._get("backend"),
     }}
 
 before, printed = state(), io.StringIO()

@@ -14,11 +14,11 @@ import torch
 from torch import Tensor, tensor
 from transformers import Qwen2Config
 
+from engine.sampler import sample
 from envs import PLAYERS, format_response, make_envs, parse_response
 from episode import Episode, Task
 from policy import Policy, PolicyError
 from rollout import dialogue, play_scripted, rollout
-from sampler import sample
 from tiny import tiny_tokenizer
 
 WIN, WAIT = format_response("now", "win"), format_response("not yet", "wait")

@@ -14,11 +14,9 @@ import torch
 from conftest import SMALL
 from safetensors.torch import load_file
 
-import checkpoint
 import groups
 import train
 import update
-from checkpoint import CheckpointError, checkpoints, verify_checkpoint
 from config import ALGORITHMS, TrainConfig, parse_config
 from empg import (
     clarity_bonus,
@@ -29,9 +27,11 @@ from empg import (
     spread,
     step_entropy,
 )
+from engine import checkpoint
+from engine.checkpoint import CheckpointError, checkpoints, verify_checkpoint
+from engine.record import Modulation, RecordError, step_metrics
 from episode import Episode, collate, load_episodes
 from policy import PolicyError, load_policy
-from record import Modulation, RecordError, step_metrics
 from worlds.coin import Coin
 
 ROOT = Path(__file__).parents[1]

@@ -15,8 +15,8 @@ import groups
 import train
 import update
 from config import TrainConfig
+from engine.record import update_metrics
 from episode import collate
-from record import update_metrics
 from rollout import rollout
 
 CONFIG = TrainConfig(tasks_per_iteration=3, group_size=2, temperature=0.7, learning_rate=1e-3, threads=1)

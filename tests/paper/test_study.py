@@ -8,9 +8,9 @@ import pytest
 import torch
 from scipy import stats
 
-from checkpoint import checkpoints
 from config import TrainConfig, parse_config
 from empg import kl_k3
+from engine.checkpoint import checkpoints
 from envs import make_envs
 from episode import Task
 from paper import greedy, measure, pictures, report, study

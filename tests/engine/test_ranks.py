@@ -12,15 +12,15 @@ import pytest
 from conftest import SMALL
 from safetensors.torch import load_file
 
-import checkpoint
 import eval as evaluation
 import train
 from config import TrainConfig
+from engine import checkpoint
+from engine.ranks import full_weights
 from envs import make_envs
 from policy import load_policy
-from sharding import full_weights
 
-ROOT = Path(__file__).parents[1]
+ROOT = Path(__file__).parents[2]
 RUN = SMALL | {"algorithm": "dapo", "kl_coef": 0.1, "iterations": 4, "micro_batch_tokens": 300}  # several parts a rank
 
 # Trains one run after another in the processes of one launch: the flags of each are the argument. A run in a folder

@@ -19,8 +19,8 @@ import torch
 from tqdm import tqdm
 
 from config import TrainConfig
+from engine.ranks import full_weights, load_shards, save_shards
 from policy import Policy
-from sharding import full_weights, load_shards, save_shards
 from update import Learner
 
 CHECKSUMS = "sha256.json"

@@ -22,8 +22,8 @@ from torch import Tensor
 from tqdm import tqdm
 
 from config import TrainConfig
+from engine.figures import draw_curves, read_metrics
 from episode import Episode, transcript
-from figures import draw_curves, read_metrics
 
 
 class RecordError(Exception):
@@ -204,7 +204,7 @@ class Record:
 
 def revision() -> str:
     """The commit of this code, or "" if it is not in a git repository."""
-    git = ["git", "-C", str(Path(__file__).parent), "rev-parse", "HEAD"]
+    git = ["git", "-C", str(Path(__file__).parents[1]), "rev-parse", "HEAD"]
     return subprocess.run(git, capture_output=True, text=True, check=False).stdout.strip()
 
 

@@ -17,16 +17,16 @@ from conftest import SMALL
 from huggingface_hub import ModelCard
 from test_train import ROOT, flags_of, launch, rows, same_weights, write_checksums
 
-import checkpoint
 import eval as evaluation
 import groups
 import train
-from checkpoint import CheckpointError, checkpoints, verify_checkpoint
 from config import TrainConfig
-from export import export
+from engine import checkpoint
+from engine.checkpoint import CheckpointError, checkpoints, verify_checkpoint
+from engine.record import RecordError
+from engine.stopping import StopRequest
 from policy import load_policy
-from record import RecordError
-from stopping import StopRequest
+from tools.export import export
 from worlds.coin import Coin
 
 # ------------------------------------------------------------------------------------------------------- stopping

@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 
-import figures
+from engine import figures
 
 ROWS = [
     {"iteration": 0, "eval/success": 0.25, "eval/success_low": 0.2, "eval/success_high": 0.5},

@@ -17,8 +17,8 @@ import torch
 from transformers import AutoConfig, AutoModelForCausalLM, PretrainedConfig
 
 from config import TrainConfig
+from engine.scorer import CHUNK_ELEMENTS
 from policy import PolicyError, require_model
-from scorer import CHUNK_ELEMENTS
 from tiny import TinyConfig, tiny_model_config
 
 FREE = 0.1  # share of a device's memory that a run should leave free

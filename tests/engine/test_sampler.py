@@ -14,12 +14,12 @@ from scipy import stats
 from torch import tensor
 from transformers import AutoModelForCausalLM, LlamaConfig, Qwen2Config, Qwen3Config
 
-import sampler
+from engine import sampler
+from engine.sampler import Sampler, sample, sampling_weights
 from envs import make_envs
 from episode import Episode, Task
 from policy import Policy
 from rollout import rollout
-from sampler import Sampler, sample, sampling_weights
 
 JUST_BELOW_1 = math.nextafter(1.0, 0.0)
 STATIC = (4, 32, 3)  # rows and columns are rounded up to these, and the host looks at every third token

@@ -28,14 +28,23 @@ import torch
 from accelerate import Accelerator
 from transformers import PrinterCallback, ProgressCallback, TrainerCallback
 
-from bench_rollout import LARGE, SMALL, clock, measure_gpu, measure_rollout, measure_sampler, our_rollout, random_policy
 from config import TrainConfig, parse_config
 from empg import group_advantages, modulate, spread, step_entropy, token_logp_and_entropy
+from engine.scorer import ScoringHead
 from envs import ENVIRONMENTS, make_envs
 from episode import Task, collate
 from eval import start_ranks
 from groups import train_task
-from scorer import ScoringHead
+from tools.bench_rollout import (
+    LARGE,
+    SMALL,
+    clock,
+    measure_gpu,
+    measure_rollout,
+    measure_sampler,
+    our_rollout,
+    random_policy,
+)
 from train import first_policy, learn, prepare
 from update import Learner
 

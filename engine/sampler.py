@@ -21,7 +21,7 @@ from torch import Tensor, nn
 from transformers import DynamicCache
 
 from empg import token_logp_and_entropy
-from kv_cache import SlotLayer
+from engine.kv_cache import SlotLayer
 from policy import Policy, PolicyError
 
 # By device: rows and columns of a decode step are rounded up to multiples of the first two numbers. The third is the

@@ -11,13 +11,13 @@ from accelerate import Accelerator
 from torch.utils.flop_counter import FlopCounterMode
 from transformers import AutoModelForCausalLM, LlamaConfig, Qwen2Config
 
-import cost
 from config import TrainConfig, parse_config
+from engine.scorer import scoring
 from policy import PolicyError
-from scorer import scoring
+from tools import cost
 from update import make_learner
 
-ROOT = Path(__file__).parents[1]
+ROOT = Path(__file__).parents[2]
 
 # From the models' cards: billions of parameters.
 PUBLISHED = {

@@ -24,16 +24,16 @@ from accelerate.utils import broadcast_object_list, gather_object
 from scipy.optimize import least_squares
 from transformers import AutoModelForCausalLM, Qwen2Config
 
-from bench import clock
 from config import TrainConfig, parse_config
-from cost import Machine, Shape, Work, seconds, shape_of
+from engine.record import revision
 from envs import careless_player, make_envs
 from episode import Task, collate
 from eval import start_ranks
 from policy import Policy
-from record import revision
 from rollout import dialogue, play_scripted, rollout
 from tiny import tiny_tokenizer
+from tools.bench import clock
+from tools.cost import Machine, Shape, Work, seconds, shape_of
 from train import learn
 from update import Learner, make_learner
 
@@ -44,7 +44,7 @@ MODELS = {
 VOCABULARY, GROUP = 4096, 4
 EPISODES, TURNS, RESPONSE = (8, 32), (3, 9), 16  # of an iteration; of an episode; tokens of a response
 FITTED = (EPISODES[0], TURNS[0])
-FILE = Path(__file__).parent / "docs" / "scaling.jsonl"
+FILE = Path(__file__).parents[1] / "docs" / "scaling.jsonl"
 
 
 @dataclass(frozen=True)

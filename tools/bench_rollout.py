@@ -16,12 +16,12 @@ from accelerate import Accelerator
 from transformers import AutoModelForCausalLM, Qwen2Config
 
 from config import TrainConfig
+from engine.sampler import Sampler
 from envs import PLAYERS, Env, make_envs, parse_response
 from episode import Batch, Episode, Task
 from eval import start_ranks
 from policy import Policy
 from rollout import dialogue, play_scripted, rollout
-from sampler import Sampler
 from tiny import tiny_tokenizer
 from train import learn
 from update import make_learner

@@ -15,8 +15,8 @@ from pathlib import Path
 from huggingface_hub import EvalResult, ModelCard, ModelCardData
 from huggingface_hub.utils import HFValidationError, validate_repo_id
 
-from checkpoint import CHECKSUMS, CheckpointError, checkpoint_path, verify_checkpoint
 from config import TrainConfig
+from engine.checkpoint import CHECKSUMS, CheckpointError, checkpoint_path, verify_checkpoint
 from eval import table
 
 OF_TRAINING = {"optimizer.pt", "state.json", CHECKSUMS}  # files of a checkpoint that a reader of the policy needs not

@@ -10,10 +10,10 @@ from torch.nn import functional as F
 from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import AutoModelForCausalLM
 
-import scorer
 from empg import token_logp_and_entropy
+from engine import scorer
+from engine.scorer import ScoringHead, scoring
 from policy import PolicyError
-from scorer import ScoringHead, scoring
 
 SMALL = {
     "vocab_size": 97,
