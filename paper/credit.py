@@ -32,7 +32,7 @@ from config import TrainConfig, parse_config
 from empg import aggregate, loss_normalizer
 from engine.checkpoint import checkpoint_path
 from engine.record import modulated, revision
-from engine.scorer import scoring
+from engine.scorer import make_scorable
 from envs import Env
 from episode import Episode, Task, collate
 from eval import open_envs
@@ -163,7 +163,7 @@ def gradient_products(
     advantages: for each method, (n,).  The loss is that of the first optimizer step of an iteration: the ratio is 1.
     The mean of the gradients of all groups is the gradient of the loss of all episodes, for either aggregation.
     """
-    model = scoring(policy.model).eval()
+    model = make_scorable(policy.model).eval()
     batch, parameters = collate(episodes, policy.device), [p for p in model.parameters() if p.requires_grad]
     first_step = np.cumsum([0, *(len(episode.steps) for episode in episodes)])
     given = torch.from_numpy(np.stack(advantages)).float()  # (methods, n)
@@ -220,7 +220,7 @@ def gradient_measures(
 def method_config(config: TrainConfig, method: str) -> TrainConfig:
     """The configuration of a run with another method's flags."""
     flags = ("empg", "k", "k_future", "zeta", "normalization", "bonus_in_all_groups")
-    other = parse_config(TrainConfig, shlex.split(METHODS[method]))
+    other = parse_config(TrainConfig, shlex.split(METHODS[method].flags))
     return replace(config, **{flag: getattr(other, flag) for flag in flags})
 
 

@@ -56,7 +56,7 @@ def learning_curves(world: str = "house") -> Figure:
         for rows, label, look in zip(zip(*together, strict=True), (name, f"{name} + EMPG"), looks(), strict=False):
             iterations = range(1, len(rows[0]["curve"]) + 1)
             band(axis, iterations, rows, lambda row: [100 * x for x in row["curve"]], label=label, **look)
-        title = f"{name}\n{WORLDS[world]}, {len(together)} seeds"
+        title = f"{name}\n{WORLDS[world].title}, {len(together)} seeds"
         axis.set(xlabel="iteration (64 episodes)", ylabel="success on new tasks, %", ylim=(0, 100), title=title)
         axis.xaxis.set_major_locator(MaxNLocator(integer=True))
         axis.legend(loc="lower right")
@@ -118,7 +118,7 @@ def sharpening() -> Figure:
         axis.set_xticks(range(len(names)), [name.replace(" + ", "\n+ ") for name in names.values()], fontsize=7)
         seeds = sorted({len(studies[1].of(method)) for method in names})
         seeds = f"{seeds[0]} to {seeds[-1]}" if len(seeds) > 1 else seeds[0]
-        axis.set(xlabel="policy", title=f"{WORLDS[world]}, {seeds} seeds", ylim=(0, 100))
+        axis.set(xlabel="policy", title=f"{WORLDS[world].title}, {seeds} seeds", ylim=(0, 100))
         axis.grid(alpha=0.3, axis="y")
     axes[0].set(ylabel="success on held-out tasks, %")
     axes[0].legend(loc="lower right")
@@ -251,13 +251,13 @@ def credit() -> Figure:
             gains.set_yticks(
                 -np.arange(len(methods)), [fill(TITLES[name].removeprefix("GRPO + "), 18) for name in methods]
             )
-        by_entropy.set(title=f"{WORLDS[world]}: where the credit is", ylim=(0, None), xticks=range(1, 6))
+        by_entropy.set(title=f"{WORLDS[world].title}: where the credit is", ylim=(0, None), xticks=range(1, 6))
         by_entropy.set(xlabel="fifth of the steps by entropy, lowest first")
         by_entropy.set(ylabel="true credit of a step\n(root mean square, success)")
         by_entropy.legend(fontsize=8)
         gains.axvline(0, color="black", linewidth=0.8)
         gains.xaxis.set_major_locator(MaxNLocator(5))
-        gains.set(xlabel="correlation with the truth, minus GRPO's", title=f"{WORLDS[world]}: who finds it")
+        gains.set(xlabel="correlation with the truth, minus GRPO's", title=f"{WORLDS[world].title}: who finds it")
         for axis in (by_entropy, gains):
             axis.grid(alpha=0.3)
     return figure

@@ -14,6 +14,7 @@ from scipy import stats
 
 from paper import pictures
 from paper.rows import (
+    MAIN,
     TITLES,
     WORLDS,
     Study,
@@ -28,7 +29,7 @@ from paper.rows import (
 
 ROOT = Path(__file__).parents[1]
 DOCUMENTS = ("README.md", "docs/results.md", "docs/credit_tables.md")
-MAIN = tuple(TITLES)[:9]
+SHOWN = (*MAIN, "dapo_centered")
 BEYOND = (
     "grpo_empg",
     "grpo_empg_rank",
@@ -62,7 +63,7 @@ def studies() -> dict[str, Study]:
     return {world: Study(rows) for world in WORLDS if (rows := read_rows(world))}
 
 
-def success_table(methods: tuple[str, ...] = MAIN) -> str:
+def success_table(methods: tuple[str, ...] = SHOWN) -> str:
     """Success in the final evaluation, and the paired difference to the baseline, for every world with rows."""
     rows = []
     for world, study in studies().items():
@@ -70,7 +71,7 @@ def success_table(methods: tuple[str, ...] = MAIN) -> str:
             if not study.of(method):
                 continue
             plain, difference = baseline(method), study.difference(method, baseline(method))
-            cells = [WORLDS[world], TITLES[method], study.mean(method).text()]
+            cells = [WORLDS[world].title, TITLES[method], study.mean(method).text()]
             cells += ["" if method == plain else difference.text(sign=True)]
             rows.append([*cells, str(len(study.of(method)) if method == plain else difference.seeds)])
     return markdown(["world", "method", "success, %", "difference to the baseline, points", "seeds"], rows)
@@ -84,7 +85,7 @@ def headline_table() -> str:
             method = f"{plain}_empg"
             difference = study.difference(method, plain)
             if difference.seeds:
-                cells = [f"{WORLDS[world]}, {TITLES[plain]}", study.mean(plain).text(), study.mean(method).text()]
+                cells = [f"{WORLDS[world].title}, {TITLES[plain]}", study.mean(plain).text(), study.mean(method).text()]
                 cells += [difference.text(sign=True), str(difference.seeds), PAPER.get((world, plain), "not in it")]
                 rows.append(cells)
     head = ["", "baseline, %", "with EMPG, %", "difference, points", "seeds", "paper, % (Qwen2.5)"]
@@ -94,14 +95,14 @@ def headline_table() -> str:
 def secondary_table() -> str:
     rows = []
     for world, study in studies().items():
-        for method in MAIN:
+        for method in SHOWN:
             if not study.of(method):
                 continue
             plain = baseline(method)
             gain = "" if method == plain else study.difference(method, plain, area).text(sign=True)
             lost = f"{sum(map(collapsed, study.of(method)))} of {len(study.of(method))}"
             kl = study.mean(method, drift).text(1, 3)
-            rows.append([WORLDS[world], TITLES[method], study.mean(method, area).text(), gain, kl, lost])
+            rows.append([WORLDS[world].title, TITLES[method], study.mean(method, area).text(), gain, kl, lost])
     head = [
         "world",
         "method",
@@ -154,13 +155,13 @@ def greedy_table() -> str:
     rows = []
     for world in WORLDS:
         sampled, greedy = sampled_and_greedy(world)
-        for method in filter(greedy.of, ("first", *MAIN)):
+        for method in filter(greedy.of, ("first", *SHOWN)):
             plain, first = baseline(method), method == "first"
             cells = ["" if first else sampled.mean(method, lambda row: row["entropy"][-1]).text(1, 3)]
             for study in (sampled, greedy):
                 gain = "" if first or method == plain else study.difference(method, plain).text(sign=True)
                 cells += [study.mean(method).text(), gain]
-            rows.append([WORLDS[world], TITLES[method], *cells, str(len(greedy.of(method)))])
+            rows.append([WORLDS[world].title, TITLES[method], *cells, str(len(greedy.of(method)))])
     head = ["world", "method", "step entropy at the end, nats", "sampled, %", "difference, points"]
     return markdown([*head, "greedy, %", "difference, points", "seeds"], rows)
 
@@ -177,7 +178,7 @@ def split_table() -> str:
                 )["success"]
                 cells = [study.mean(method, measure).text() for method in ("grpo", "grpo_empg")]
                 gain = study.difference("grpo_empg", "grpo", measure).text(sign=True)
-                rows.append([WORLDS[world], split, name, *cells, gain])
+                rows.append([WORLDS[world].title, split, name, *cells, gain])
     return markdown(["world", "split", "tasks", "GRPO, %", "GRPO + EMPG, %", "difference, points"], rows)
 
 
@@ -191,9 +192,9 @@ def interval(numbers: list[float], decimals: int = 3, sign: bool = False) -> str
 
 
 def policy_name(row: dict) -> str:
-    trained = TITLES[row["algorithm"] + "_empg" * row["empg"]]
+    trained = TITLES[f"{row['algorithm']}_empg" if row["empg"] else row["algorithm"]]
     after = f"after {row['checkpoint']} iterations of {trained}" if row["checkpoint"] else "warm start"
-    return f"{WORLDS[row['world']]}, {after}, seed {row['seed']}, {100 * row['success']:.0f} %"
+    return f"{WORLDS[row['world']].title}, {after}, seed {row['seed']}, {100 * row['success']:.0f} %"
 
 
 def gains_table(part: str, measure: str, decimals: int = 3) -> str:

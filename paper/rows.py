@@ -9,36 +9,65 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from itertools import product
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 from scipy import stats
 
 RESULTS = Path(__file__).parents[1] / "docs" / "results"
+STUDY_GAMES = "out/study_games"  # ALFWorld games in small rooms; the study writes them
+
+
+class Entry(NamedTuple):
+    """A world or a method of the study: its title in tables, and the flags of train.py that make it."""
+
+    title: str
+    flags: str
+
+
+# The flags of a world are the same for every method. docs/protocol.md says how they were chosen.
 WORLDS = {
-    "house": "House",
-    "house_weak": "House, weak imitation",
-    "search": "Deep Search",
-    "webshop": "WebShop",
-    "alfworld": "ALFWorld",
+    "house": Entry("House", "--env house --iterations 12 --eval_every 3"),
+    "house_weak": Entry("House, weak imitation", "--env house --demonstrations 1600 --iterations 30 --eval_every 10"),
+    "search": Entry(
+        "Deep Search",
+        "--env search --env_args entities=400 syllables=20 topk=1 --demonstrations 10000 --slip 0.2 "
+        "--max_step_tokens 48 --iterations 80 --eval_every 20",
+    ),
+    "webshop": Entry(
+        "WebShop",
+        "--env webshop --env_args products=60 goals=30 --demonstrations 4000 --slip 0.1 "
+        "--max_step_tokens 48 --max_tokens 3000 --iterations 30 --eval_every 10",
+    ),
+    "alfworld": Entry(
+        "ALFWorld",
+        f"--env alfworld --env_args data={STUDY_GAMES} max_steps=30 --demonstrations 15000 --slip 0.1 "
+        "--max_step_tokens 48 --max_tokens 3500 --iterations 20 --eval_every 10",
+    ),
 }
-TITLES = {
-    "grpo": "GRPO",
-    "grpo_empg": "GRPO + EMPG",
-    "grpo_scaling": "GRPO + scaling only",
-    "grpo_bonus": "GRPO + bonus only",
-    "dapo": "DAPO",
-    "dapo_empg": "DAPO + EMPG",
-    "dapo_scaling": "DAPO + scaling only",
-    "dapo_bonus": "DAPO + bonus only",
-    "dapo_centered": "DAPO + centring only",
-    "grpo_empg_rank": "GRPO + EMPG, entropy by rank",
-    "grpo_empg_mixed": "GRPO + EMPG, bonus only where rewards differ",
-    "grpo_empg_reversed": "GRPO + EMPG, k = −1",
-    "dapo_empg_reversed": "DAPO + EMPG, k = −1",
-    "grpo_true": "the true advantages (the ceiling)",
-    "true": "the true advantages",
-    "first": "the warm start",
+METHODS = {
+    "grpo": Entry("GRPO", "--no_empg"),
+    "grpo_empg": Entry("GRPO + EMPG", ""),
+    "grpo_scaling": Entry("GRPO + scaling only", "--zeta 0"),
+    "grpo_bonus": Entry("GRPO + bonus only", "--k 0"),
+    "dapo": Entry("DAPO", "--algorithm dapo --no_empg"),
+    "dapo_empg": Entry("DAPO + EMPG", "--algorithm dapo"),
+    "dapo_scaling": Entry("DAPO + scaling only", "--algorithm dapo --zeta 0"),
+    "dapo_bonus": Entry("DAPO + bonus only", "--algorithm dapo --k 0"),
+    "grpo_empg_rank": Entry("GRPO + EMPG, entropy by rank", "--normalization rank"),
+    "grpo_empg_mixed": Entry("GRPO + EMPG, bonus only where rewards differ", "--no_bonus_in_all_groups"),
+    "grpo_empg_reversed": Entry("GRPO + EMPG, k = −1", "--k -1"),
+    "grpo_empg_k0.5": Entry("GRPO + EMPG, k = 0.5", "--k 0.5"),
+    "grpo_empg_k2": Entry("GRPO + EMPG, k = 2", "--k 2"),
+    "grpo_empg_zeta0.05": Entry("GRPO + EMPG, ζ = 0.05", "--zeta 0.05"),
+    "grpo_empg_zeta0.5": Entry("GRPO + EMPG, ζ = 0.5", "--zeta 0.5"),
+    "dapo_centered": Entry("DAPO + centring only", "--algorithm dapo --k 0 --zeta 0"),
+    "dapo_empg_reversed": Entry("DAPO + EMPG, k = −1", "--algorithm dapo --k -1"),
+    "grpo_true": Entry("the true advantages (the ceiling)", "--no_empg"),  # trained on the true advantages
 }
+MAIN = ("grpo", "grpo_empg", "grpo_scaling", "grpo_bonus", "dapo", "dapo_empg", "dapo_scaling", "dapo_bonus")
+TITLES = {name: method.title for name, method in METHODS.items()}
+TITLES |= {"true": "the true advantages", "first": "the warm start"}  # measured, not trained
 
 Row = dict
 Measure = Callable[[Row], float]
@@ -96,8 +125,8 @@ def collapsed(row: Row) -> bool:
 class Study:
     """The rows of one world, by method and seed.
 
-    Rounding differs between kinds of machine, and the same seed is another run on each. So rows of one kind are
-    compared. Each seed counts once: of several rows, those that come first.
+    One seed gives different runs on different CPU types, so pairs are formed within one CPU type. Each seed counts
+    once: of several rows of a seed the first counts.
     """
 
     def __init__(self, rows: list[Row]):
@@ -148,7 +177,8 @@ def sampled_and_greedy(world: str) -> tuple[Study, Study]:
     sampled = []
     for row in read_rows(world):
         policy, first = ((method, row["seed"], row["machine"]) for method in (row["method"], "first"))
-        sampled += [row] * (policy in policies)
+        if policy in policies:
+            sampled.append(row)
         if row["method"] == "grpo" and first in policies:
             sampled.append(row | {"method": "first", "eval": {"train": {"success": row["curve"][0]}}})
     return Study(sampled), Study(greedy)

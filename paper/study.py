@@ -30,50 +30,15 @@ from tqdm import tqdm
 
 from config import TrainConfig, parse_config
 from paper.measure import measure
-from paper.rows import Row, read_file
+from paper.rows import MAIN, METHODS, STUDY_GAMES, WORLDS, Row, read_file
 from paper.value import training_on_the_truth
 from train import train
 
 ROOT = Path(__file__).parents[1]
 
-STUDY_GAMES = "out/study_games"  # of ALFWorld, written here; in small rooms
 GAMES = {"train": 500, "valid_seen": 300, "valid_unseen": 300}
 
-# The flags of each world: the same for every method. docs/protocol.md says how they were chosen.
-WORLDS = {
-    "house": "--env house --iterations 12 --eval_every 3",
-    "house_weak": "--env house --demonstrations 1600 --iterations 30 --eval_every 10",
-    "search": "--env search --env_args entities=400 syllables=20 topk=1 --demonstrations 10000 --slip 0.2 "
-    "--max_step_tokens 48 --iterations 80 --eval_every 20",
-    "webshop": "--env webshop --env_args products=60 goals=30 --demonstrations 4000 --slip 0.1 "
-    "--max_step_tokens 48 --max_tokens 3000 --iterations 30 --eval_every 10",
-    "alfworld": f"--env alfworld --data {STUDY_GAMES} --env_args max_steps=30 --demonstrations 15000 --slip 0.1 "
-    "--max_step_tokens 48 --max_tokens 3500 --iterations 20 --eval_every 10",
-}
 TASKS = dict.fromkeys(WORLDS, 1000)  # of each held-out split, if there are so many
-
-# The flags of each method: the main eight, three beyond the paper, the sensitivity to k and zeta, the ceiling.
-METHODS = {
-    "grpo": "--no_empg",
-    "grpo_empg": "",
-    "grpo_scaling": "--zeta 0",
-    "grpo_bonus": "--k 0",
-    "dapo": "--algorithm dapo --no_empg",
-    "dapo_empg": "--algorithm dapo",
-    "dapo_scaling": "--algorithm dapo --zeta 0",
-    "dapo_bonus": "--algorithm dapo --k 0",
-    "grpo_empg_rank": "--normalization rank",
-    "grpo_empg_mixed": "--no_bonus_in_all_groups",
-    "grpo_empg_reversed": "--k -1",
-    "grpo_empg_k0.5": "--k 0.5",
-    "grpo_empg_k2": "--k 2",
-    "grpo_empg_zeta0.05": "--zeta 0.05",
-    "grpo_empg_zeta0.5": "--zeta 0.5",
-    "dapo_centered": "--algorithm dapo --k 0 --zeta 0",  # DAPO's advantage minus its mean over steps, and no more
-    "dapo_empg_reversed": "--algorithm dapo --k -1",
-    "grpo_true": "--no_empg",  # trained on the true advantages: the ceiling
-}
-MAIN = list(METHODS)[:8]
 CONTINUATIONS = 4  # of the ceiling, from before every step
 
 
@@ -82,7 +47,7 @@ class StudyConfig:
     """Run the study, or a part of it."""
 
     world: str = field(metadata={"help": f"one of {', '.join(WORLDS)}"})
-    methods: list[str] = field(default_factory=lambda: MAIN, metadata={"help": f"of {', '.join(METHODS)}"})
+    methods: list[str] = field(default_factory=lambda: list(MAIN), metadata={"help": f"of {', '.join(METHODS)}"})
     seeds: list[int] = field(default_factory=lambda: list(range(20)), metadata={"help": "of weights, tasks, sampling"})
     results: str = field(default="", metadata={"help": "file of the rows; default: docs/results/WORLD.jsonl"})
     out: str = field(default="out/study", metadata={"help": "folder of the runs"})
@@ -112,7 +77,7 @@ def write_games(folder: Path) -> None:
 
 def train_flags(world: str, method: str, seed: int) -> list[str]:
     """The flags of train.py for a row."""
-    return shlex.split(f"{WORLDS[world]} --seed {seed} --threads 1 {METHODS[method]}")
+    return shlex.split(f"{WORLDS[world].flags} --seed {seed} --threads 1 {METHODS[method].flags}")
 
 
 def run_row(world: str, method: str, seed: int, out: str) -> dict:

@@ -14,7 +14,7 @@ from engine.checkpoint import checkpoints
 from envs import make_envs
 from episode import Task
 from paper import greedy, measure, pictures, report, study
-from paper.rows import Study, area, collapsed, estimate, read_file, read_rows, sampled_and_greedy, success
+from paper.rows import Entry, Study, area, collapsed, estimate, read_file, read_rows, sampled_and_greedy, success
 from policy import load_policy
 from rollout import rollout
 
@@ -42,7 +42,7 @@ def coin(monkeypatch, tmp_path):
     """A world of seconds in the place of the study's."""
     flags = "--env coin --iterations 2 --eval_every 1 --tasks_per_iteration 3 --group_size 4"
     flags += f" --demonstrations 240 --slip 0.6 --max_step_tokens 24 --max_tokens 256 --cache {tmp_path / 'cache'}"
-    monkeypatch.setitem(study.WORLDS, "coin", flags)
+    monkeypatch.setitem(study.WORLDS, "coin", Entry("coin", flags))
     monkeypatch.setitem(study.TASKS, "coin", 12)
 
 
