@@ -17,7 +17,7 @@ from torch import Tensor
 from config import TrainConfig
 from empg import aggregate, kl_k3, policy_loss
 from engine.ranks import prepare_frozen
-from engine.scorer import scoring
+from engine.scorer import make_scorable
 from episode import Batch
 from policy import Policy, load_policy
 
@@ -37,7 +37,7 @@ def make_learner(config: TrainConfig, accelerator: Accelerator, path: str, first
     """The policy at `path` and a new optimizer, prepared by the accelerator, and the reference at `first` if there is a
     KL term. Raises PolicyError if a policy cannot be loaded or used."""
     policy = load_policy(path)
-    scoring(policy.model)
+    make_scorable(policy.model)
     if config.gradient_checkpointing:
         policy.model.activation_checkpointing_enable()
     optimizer = torch.optim.AdamW(policy.model.parameters(), lr=config.learning_rate, weight_decay=0.0)
@@ -45,7 +45,7 @@ def make_learner(config: TrainConfig, accelerator: Accelerator, path: str, first
     policy.model = accelerator.unwrap_model(model)
     reference = None
     if config.kl_coef:
-        reference = prepare_frozen(accelerator, scoring(load_policy(first).model))
+        reference = prepare_frozen(accelerator, make_scorable(load_policy(first).model))
     return Learner(accelerator, policy, model, optimizer, reference)
 
 
@@ -116,9 +116,9 @@ def gradient_sync(learner: Learner, last: bool) -> contextlib.AbstractContextMan
 
 
 def sampled_logp(model: torch.nn.Module, batch: Batch, temperature: float) -> Tensor:
-    """Log-probabilities (B, L) of the tokens that were sampled, nats; 0 elsewhere.  model: as `scoring` returns it."""
+    """Log-probabilities (B, L) of the sampled tokens, nats; 0 elsewhere.  model: as `make_scorable` returns it."""
     # No attention mask: the padding is on the right, where a causal model does not look.
-    logp, _ = model(input_ids=batch.ids, sampled=batch.mask, temperature=temperature)  # (N,)
+    logp = model(input_ids=batch.ids, sampled=batch.mask, temperature=temperature)  # (N,)
     return logp.new_zeros(batch.ids.shape).masked_scatter(batch.mask, logp)
 
 

@@ -235,7 +235,7 @@ def head_once(name: str, tokens: int, vocabulary: int, size: int = 1536) -> tupl
 
         def step() -> None:
             if name == "scorer":
-                logp = head(hidden, ids)[0]
+                logp = head(hidden, ids)
             else:
                 logp = head(hidden).float().log_softmax(-1).gather(-1, ids[:, None]).squeeze(-1)
             logp.sum().backward()

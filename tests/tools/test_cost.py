@@ -12,7 +12,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from transformers import AutoModelForCausalLM, LlamaConfig, Qwen2Config
 
 from config import TrainConfig, parse_config
-from engine.scorer import scoring
+from engine.scorer import make_scorable
 from policy import PolicyError
 from tools import cost
 from update import make_learner
@@ -122,10 +122,10 @@ def test_processes_share_weights_with_fsdp_and_tasks_always():
 def test_arithmetic_of_an_update_is_what_pytorch_counts():
     """FLOP of forward and backward passes by PyTorch's own counter, on a model whose attention is small."""
     config = model_config(Qwen2Config, 128, 384, 3, 4, 2, 512, True)
-    model = scoring(AutoModelForCausalLM.from_config(config, dtype=torch.float32, attn_implementation="eager"))
+    model = make_scorable(AutoModelForCausalLM.from_config(config, dtype=torch.float32, attn_implementation="eager"))
     ids, sampled = torch.randint(512, (2, 48)), torch.arange(48) % 4 > 1  # half of the tokens
     with FlopCounterMode(display=False) as counter:
-        logp, _ = model(input_ids=ids, sampled=sampled.expand(2, 48))
+        logp = model(input_ids=ids, sampled=sampled.expand(2, 48))
         logp.sum().backward()
     work = cost.Work(episodes=2, group=2, opening=2, turns=12, sampled=2, inserted=2)
     machine = cost.Machine(layer=0, decode=1, update=1)
