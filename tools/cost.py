@@ -1,29 +1,31 @@
-"""What a run costs, on paper: memory of a process, seconds of an iteration; and --dry_run, which says it beforehand.
+"""The dry run: what memory a process of a run takes, computed before any weights are loaded.
 
-    python train.py --dry_run 8 --policy Qwen/Qwen2.5-7B-Instruct ...     as one of eight processes
+    python -m tools.cost --processes 8 --mixed_precision bf16 --policy Qwen/Qwen2.5-7B-Instruct --fsdp
 
-No weights are loaded, only the model's configuration. Its parameters are counted on a model without storage. The other
-terms are products of its sizes; docs/scaling.md derives them, and tests/test_cost.py compares them with what PyTorch
-allocates.
+The command takes the flags of train.py and three of its own. It reads the model's configuration only. The parameters
+are counted on a model without storage. The other terms are products of the model's sizes. docs/scaling.md lists them,
+and tests/tools/test_cost.py compares them with what PyTorch allocates.
 
 Not counted: the CUDA context (about 1 GB), buffers of communication, and fragmentation. A run should leave a tenth of
 the device free.
 """
 
+import argparse
 import os
 from dataclasses import dataclass
 
 import torch
+from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM, PretrainedConfig
 
-from config import TrainConfig
+from config import TrainConfig, parse_config
 from engine.scorer import CHUNK_ELEMENTS
 from policy import PolicyError, require_model
 from tiny import TinyConfig, tiny_model_config
 
-FREE = 0.1  # share of a device's memory that a run should leave free
-# Bytes that a layer keeps of a token for its backward pass, for each unit of its width, of the MLP's and of the keys':
-# in float32, and in mixed precision, where the residual stream stays in float32.
+HEADROOM = 0.1  # share of a device's memory that a run should leave free
+# Bytes that a layer keeps for its backward pass, for one token, per unit of its width, of the MLP's width and of the
+# keys' width. By the bytes of a number: in float32; in mixed precision, where the residual stream stays in float32.
 KEPT = {4: (32, 16, 8), 2: (30, 8, 4)}
 
 
@@ -31,12 +33,12 @@ KEPT = {4: (32, 16, 8), 2: (30, 8, 4)}
 class Shape:
     """The sizes of a model that its memory depends on."""
 
-    parameters: int  # weights shared by embedding and head count once
-    body: int  # those of the layers: without embedding and head
+    parameters: int  # a weight that embedding and head share counts once
+    body: int  # parameters of the layers: without embedding and head
     layers: int
     width: int  # of the hidden states
-    inner: int  # of the MLP
-    keys: int  # width of the keys of a token in one layer, that of the values too
+    inner: int  # width of the MLP
+    keys: int  # width of the keys in one layer; the values have the same
     vocabulary: int
 
 
@@ -45,10 +47,9 @@ def shape_of(config: PretrainedConfig) -> Shape:
     with torch.device("meta"):
         model = AutoModelForCausalLM.from_config(config)
     head = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
-    count = lambda part: sum(parameter.numel() for parameter in part.parameters())  # noqa: E731
     return Shape(
-        parameters=count(model),
-        body=count(model.base_model) - count(model.get_input_embeddings()),
+        parameters=_parameters(model),
+        body=_parameters(model.base_model) - _parameters(model.get_input_embeddings()),
         layers=config.num_hidden_layers,
         width=config.hidden_size,
         inner=config.intermediate_size,
@@ -57,97 +58,48 @@ def shape_of(config: PretrainedConfig) -> Shape:
     )
 
 
+def _parameters(module: nn.Module) -> int:
+    return sum(parameter.numel() for parameter in module.parameters())
+
+
 def memory(config: TrainConfig, shape: Shape, ranks: int, compute: int) -> dict[str, dict[str, float]]:
-    """Bytes that one of `ranks` processes takes: "always", and on top of it while "sampling" and in the "update".
+    """Bytes that one of `ranks` processes takes: "always", and in addition while "sampling" and in the "update".
 
     compute: bytes of a number in matrix products: 4, or 2 in mixed precision. Weights, gradients and the two moments of
     AdamW are in float32. With --fsdp each process keeps its share of them.
     """
     own = 4 * shape.parameters / (ranks if config.fsdp else 1)  # one number in float32 for each parameter
-    whole = compute * shape.parameters  # the weights as matrix products take them
-    rows = min(config.batch_size, tasks_of_rank(config, ranks) * config.group_size)
-    tokens = max(config.micro_batch_tokens, config.max_tokens)  # an episode longer than the budget goes alone
-    layer = sum(a * b for a, b in zip(KEPT[compute], (shape.width, shape.inner, shape.keys), strict=True))
+    whole = compute * shape.parameters  # all weights in compute precision
+    episodes = min(config.batch_size, tasks_of_rank(config, ranks) * config.group_size)
     return {
         "always": {"weights": own, "AdamW": 2 * own, "reference": own if config.kl_coef else 0},
         "sampling": {
             "weights to sample with": whole if config.fsdp or compute < 4 else 0,
-            "KV cache": 2 * shape.layers * shape.keys * compute * rows * config.max_tokens,
-            "logits of a token": rows
-            * shape.vocabulary
-            * (compute + 4 + 8 + 8),  # and in float32, and twice in float64
+            "KV cache": 2 * shape.layers * shape.keys * compute * episodes * config.max_tokens,
+            # in compute precision, in float32, and twice in float64
+            "logits of a token": episodes * shape.vocabulary * (compute + 4 + 8 + 8),
         },
-        "update": {
-            "gradients": own,
-            # FSDP gathers a layer while the one before it computes; embedding and head stay. Autocast keeps every cast.
-            "weights to compute with": whole - compute * shape.body * (1 - 2 / shape.layers)
-            if config.fsdp
-            else whole * (compute < 4),
-            # Gradient checkpointing keeps the input of each layer, in float32, and one layer in full.
-            "activations": tokens * (4 * shape.width * shape.layers + layer)
-            if config.gradient_checkpointing
-            else tokens * layer * shape.layers,
-            "head": 8 * min(CHUNK_ELEMENTS, tokens * shape.vocabulary)
-            + (4 + compute) * shape.width * shape.vocabulary,  # logits; gradient of weights
-        },
+        "update": {"gradients": own} | _update_memory(config, shape, compute),
     }
 
 
-@dataclass(frozen=True)
-class Work:
-    """What one process does in an iteration: episodes of equal length, sampled side by side, then learnt from."""
-
-    episodes: int
-    group: int  # episodes that begin alike; their opening is read once
-    opening: float  # tokens before the first response
-    turns: int
-    sampled: float  # tokens of a response
-    inserted: float  # tokens between two responses: observation and template
-
-    @property
-    def length(self) -> float:
-        """Tokens of an episode."""
-        return self.opening + self.turns * self.sampled + (self.turns - 1) * self.inserted
-
-
-@dataclass(frozen=True)
-class Machine:
-    """What a process has to work with. docs/scaling.md says where the numbers come from."""
-
-    layer: float  # seconds that one layer of one forward pass takes beside its arithmetic: launching, small operations
-    decode: float  # FLOP a second while sampling, one token a row
-    update: float  # FLOP a second in long sequences: reading observations, forward and backward passes
-    bandwidth: float = float("inf")  # bytes a second from memory
-    link: float = float("inf")  # bytes a second to the other processes
-    compute: int = 4  # bytes of a number in matrix products
-
-
-def seconds(shape: Shape, work: Work, machine: Machine, config: TrainConfig, ranks: int = 1) -> dict[str, float]:
-    """Seconds of an iteration by part: "decode", "read", "update", "communicate"; environments are not counted.
-
-    A matrix of n weights costs 2n FLOP a token forward and 4n backward; gradient checkpointing adds another forward
-    pass. The head scores the sampled tokens alone, and computes its logits twice. A decode step reads all weights and
-    the cache, so it takes as long as its arithmetic or its memory, whichever is longer.
-    """
-    head = shape.width * shape.vocabulary
-    sampled, steps = work.episodes * work.turns * work.sampled, work.turns * work.sampled
-    cache = shape.layers * 2 * shape.keys * machine.compute * work.episodes * work.length / 2  # half full on average
-    arithmetic = 2 * (shape.body + head) * work.episodes / machine.decode
-    moved = (machine.compute * (shape.body + head) + cache) / machine.bandwidth
-    attention = 2 * shape.layers * shape.width * work.length**2  # FLOP of an episode, forward, causal
-    passes = 4 if config.gradient_checkpointing else 3  # in units of a forward pass
-    update = passes * (2 * shape.body * work.length + attention) * work.episodes + 8 * head * sampled
-    optimizer_steps = config.epochs * config.mini_batches
-    batches = max(1, work.episodes * work.length // config.micro_batch_tokens)
-    read = work.episodes * (work.opening / work.group + (work.turns - 1) * work.inserted)
-    # FSDP gathers the weights for each forward and each backward pass, and scatters gradients; DDP adds gradients up.
-    traffic = batches * (2 * machine.compute + 4) if config.fsdp else optimizer_steps * 2 * 4
-    return {
-        "decode": steps * (shape.layers * machine.layer + max(arithmetic, moved)),
-        "read": work.turns * shape.layers * machine.layer + 2 * shape.body * read / machine.update,
-        "update": config.epochs * (update / machine.update + batches * passes * shape.layers * machine.layer),
-        "communicate": shape.parameters * traffic * (ranks - 1) / ranks / machine.link,
-    }
+def _update_memory(config: TrainConfig, shape: Shape, compute: int) -> dict[str, float]:
+    """Bytes of an update beside its gradients."""
+    if config.fsdp:  # gathers one layer while the layer before it computes; embedding and head stay gathered
+        weights = compute * shape.parameters - compute * shape.body * (1 - 2 / shape.layers)
+    elif compute < 4:  # autocast keeps every weight that it cast
+        weights = compute * shape.parameters
+    else:
+        weights = 0
+    tokens = max(config.micro_batch_tokens, config.max_tokens)  # an episode longer than the budget goes alone
+    layer = sum(a * b for a, b in zip(KEPT[compute], (shape.width, shape.inner, shape.keys), strict=True))
+    if config.gradient_checkpointing:  # keeps the input of each layer, in float32, and one layer in full
+        kept = 4 * shape.width * shape.layers + layer
+    else:
+        kept = layer * shape.layers
+    logits = 8 * min(CHUNK_ELEMENTS, tokens * shape.vocabulary)
+    head_gradient = (4 + compute) * shape.width * shape.vocabulary
+    return {"weights to compute with": weights, "activations": tokens * kept, "head": logits + head_gradient}
 
 
 def tasks_of_rank(config: TrainConfig, ranks: int) -> int:
@@ -155,43 +107,43 @@ def tasks_of_rank(config: TrainConfig, ranks: int) -> int:
     return -(-config.tasks_per_iteration // ranks)
 
 
-def dry_run(config: TrainConfig) -> str:
-    """What a run on config.dry_run processes would load, take and do. Ends the program if it does not fit.
+def dry_run(config: TrainConfig, processes: int, gpu_memory: float = 80, precision: str = "no") -> str:
+    """What a run on this many processes would load and take. Ends the program with advice if it does not fit.
 
+    gpu_memory: of one device, GB.  precision: Accelerate's mixed precision.
     Raises PolicyError if there is no configuration of the model.
     """
-    ranks, precision = config.dry_run, os.environ.get("ACCELERATE_MIXED_PRECISION", "no")
-    compute = 2 if precision in ("bf16", "fp16") else 4
     shape = shape_of(read_config(config.policy))
-    parts = memory(config, shape, ranks, compute)
+    parts = memory(config, shape, processes, 2 if precision in ("bf16", "fp16") else 4)
+    lines = [*describe(config, shape, processes, precision), "", "memory of one process, GB"]
+    for name, terms in parts.items():
+        lines += [f"  {name:10}{term:26}{size / 1e9:8.2f}" for term, size in terms.items() if size]
+    always, sampling, update = (sum(terms.values()) / 1e9 for terms in parts.values())
+    most = always + max(sampling, update)
+    lines += [f"  {'at most':36}{most:8.2f}", ""]
+    if most <= (1 - HEADROOM) * gpu_memory:
+        return "\n".join([*lines, f"fits {gpu_memory:g} GB"])
+    advice = [f"--{flag}" for flag in ("gradient_checkpointing", "fsdp") if not getattr(config, flag)]
+    advice.append("a smaller --batch_size" if sampling > update else "a smaller --micro_batch_tokens")
+    lines.append(f"does not fit {gpu_memory:g} GB with a tenth left free; try {', '.join(advice)}, or more processes")
+    raise SystemExit("\n".join(lines))
+
+
+def describe(config: TrainConfig, shape: Shape, ranks: int, precision: str) -> list[str]:
+    """The run in six lines."""
     episodes, longest = config.tasks_per_iteration * config.group_size, config.max_tokens
     own = tasks_of_rank(config, ranks) * config.group_size
     kind = "FSDP2" if config.fsdp else "DDP" if ranks > 1 else "no other"
     sizes = f"{shape.layers} layers of width {shape.width:,}, vocabulary {shape.vocabulary:,}"
-    lines = [
+    return [
         f"policy      {config.policy}: {shape.parameters:,} parameters, {sizes}",
         f"reference   {'the same' if config.kl_coef else 'none'}",
-        f"world       {' '.join([config.env, *config.settings])}",
+        f"world       {' '.join([config.env, *config.env_args])}",
         f"processes   {ranks}, {kind}, mixed precision {precision}",
         f"iteration   {episodes} episodes of at most {longest:,} tokens, {episodes * longest:,} in all, "
         f"{own * longest:,} of one process; {config.epochs * config.mini_batches} optimizer steps",
         f"run         {config.iterations} iterations, {config.iterations * episodes:,} episodes",
-        "",
-        "memory of one process, GB",
     ]
-    for name, terms in parts.items():
-        lines += [f"  {name:10}{term:26}{size / 1e9:8.2f}" for term, size in terms.items() if size]
-    always, *others = (sum(terms.values()) / 1e9 for terms in parts.values())
-    most = always + max(others)
-    lines += [f"  {'at most':36}{most:8.2f}", ""]
-    if most > (1 - FREE) * config.gpu_memory:
-        advice = ["--gradient_checkpointing"] * (not config.gradient_checkpointing) + ["--fsdp"] * (not config.fsdp)
-        advice += ["a smaller --batch_size"] if others[0] > others[1] else ["a smaller --micro_batch_tokens"]
-        lines.append(
-            f"does not fit {config.gpu_memory:g} GB with a tenth left free; try {', '.join(advice)}, or more processes"
-        )
-        raise SystemExit("\n".join(lines))
-    return "\n".join([*lines, f"fits {config.gpu_memory:g} GB"])
 
 
 def read_config(policy: str) -> PretrainedConfig:
@@ -203,3 +155,27 @@ def read_config(policy: str) -> PretrainedConfig:
         return AutoConfig.from_pretrained(policy)
     except (OSError, ValueError) as error:
         raise PolicyError(f"no configuration of a model at {policy!r}: {str(error).splitlines()[0]}") from error
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(
+        prog="python -m tools.cost",
+        usage="%(prog)s [--processes N] [--gpu_memory GB] [--mixed_precision TYPE] [flags of train.py]",
+        description="What a run of train.py would take. Ends with status 1 and advice if it does not fit.",
+        epilog="All other flags are those of train.py: python train.py --help lists them.",
+        allow_abbrev=False,
+    )
+    precision = os.environ.get("ACCELERATE_MIXED_PRECISION", "no")
+    parser.add_argument("--processes", type=int, default=1, help="number of processes (default: 1)")
+    parser.add_argument("--gpu_memory", type=float, default=80, help="memory of one device, GB (default: 80)")
+    parser.add_argument(
+        "--mixed_precision", choices=["no", "bf16", "fp16"], default=precision, help="as in Accelerate (default: no)"
+    )
+    own, flags = parser.parse_known_args()
+    if own.processes < 1:
+        parser.error(f"processes must be at least 1, got {own.processes}")
+    print(dry_run(parse_config(TrainConfig, flags), own.processes, own.gpu_memory, own.mixed_precision))
+
+
+if __name__ == "__main__":
+    main()
