@@ -26,6 +26,7 @@ from jinja2 import Environment, StrictUndefined
 
 TEMPLATE = Path(__file__).with_name("page.html")
 FOLDERS = {"credit": "true credit measured", "episodes": "training batch"}  # of a run, and how the page calls them
+NUMBERS = ("entropy", "norm_entropy", "g", "f", "advantage")  # of a step, under "modulation" in a kept episode
 SETTINGS = ("env", "algorithm", "empg", "k", "k_future", "zeta", "group_size")  # of a run, which the page shows
 
 
@@ -80,7 +81,7 @@ def read_batch(path: Path, group_size: int, max_groups: int, texts: Texts) -> di
     """
     records, norm_entropy = [], []
     for number, line in enumerate(path.read_bytes().splitlines(), 1):
-        with naming(path, number):
+        with naming_the_line(path, number):
             records.append(json.loads(line))
             norm_entropy += map(finite, records[-1]["modulation"]["norm_entropy"])
     if not records or len(records) % group_size:
@@ -88,7 +89,7 @@ def read_batch(path: Path, group_size: int, max_groups: int, texts: Texts) -> di
     low, high = np.quantile(norm_entropy, [0.2, 0.8]).tolist() if norm_entropy else (0.0, 0.0)
     episodes = []
     for number, record in enumerate(records[: max_groups * group_size], 1):
-        with naming(path, number):
+        with naming_the_line(path, number):
             episodes.append(read_episode(record, low, high, texts))
     return {
         "steps": len(norm_entropy),
@@ -106,15 +107,11 @@ def read_episode(record: dict, low: float, high: float, texts: Texts) -> dict:
     """
     modulation, credit, task = record["modulation"], record.get("credit"), record["task"]
     success, tokens, steps = bool(record["info"]["success"]), iter(record["tokens"]), []
-    values = zip(*(modulation[name] for name in ("norm_entropy", "g", "f", "advantage")), strict=True)
-    for step, (norm_entropy, *g_f_advantage) in zip(record["steps"], values, strict=True):
+    for step, *values in zip(record["steps"], *(modulation[name] for name in NUMBERS), strict=True):
         span = slice(step["start"], step["end"])
-        mistake, uncertain = not success and norm_entropy <= low, success and norm_entropy >= high
         shown = {name: texts.number(step[name]) for name in ("thought", "action", "observation")}
-        shown |= dict(zip(("g", "f", "advantage"), map(rounded, g_f_advantage), strict=True))
-        shown |= {"valid": step["valid"], "entropy": rounded(step["entropy"]), "norm_entropy": rounded(norm_entropy)}
-        # If the two limits are equal, most steps are equally certain: there is no lowest and no highest fifth.
-        shown["filter"] = "" if low == high else "mistake" if mistake else "uncertain" if uncertain else ""
+        shown |= {"valid": step["valid"]} | dict(zip(NUMBERS, map(rounded, values), strict=True))
+        shown["filter"] = step_filter(success, values[NUMBERS.index("norm_entropy")], low, high)
         shown["token_entropy"] = [rounded(value) for value in record["token_entropy"][span]]
         shown["logp"] = [rounded(value) for value in record["old_logp"][span]]
         shown["tokens"] = [texts.number(text) for text in islice(tokens, len(shown["logp"]))]
@@ -138,6 +135,15 @@ def read_episode(record: dict, low: float, high: float, texts: Texts) -> dict:
     }
 
 
+def step_filter(success: bool, norm_entropy: float, low: float, high: float) -> str:
+    """The filter that a step belongs to, "" for none. Equal limits: there is no lowest and no highest fifth."""
+    if low == high:
+        return ""
+    if success:
+        return "uncertain" if norm_entropy >= high else ""
+    return "mistake" if norm_entropy <= low else ""
+
+
 def finite(number: float) -> float:
     """The number. Raises ValueError for infinity and NaN, which JSON does not have, and TypeError for no number."""
     if not math.isfinite(number):
@@ -151,7 +157,7 @@ def rounded(number: float) -> float:
 
 
 @contextmanager
-def naming(path: Path, number: int) -> Iterator[None]:
+def naming_the_line(path: Path, number: int) -> Iterator[None]:
     """Turns what a malformed record raises into a ValueError, in one line, that names file and line."""
     try:
         yield

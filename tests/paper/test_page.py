@@ -38,7 +38,7 @@ def kept(episodes: list[Episode], decode) -> list[dict]:
     norm_entropy = normalize_entropy(entropy, valid)
     g, f = gradient_scale(norm_entropy, valid), clarity_bonus(norm_entropy, valid)
     advantage = center(base[:, None] * g + SETTINGS["zeta"] * f, valid)
-    values = {"norm_entropy": norm_entropy, "g": g, "f": f, "advantage": advantage}
+    values = {"entropy": entropy, "norm_entropy": norm_entropy, "g": g, "f": f, "advantage": advantage}
     for row, record in enumerate(records):
         record["steps"][0]["valid"] = row % 2 == 0  # the tiny policy may know no valid action
         lists = {name: value[row, : len(record["steps"])].tolist() for name, value in values.items()}
@@ -58,7 +58,7 @@ def poison(records: list[dict]) -> list[dict]:
         record["prompt"], record["info"]["error"] = hostile[0], hostile[1]
         record["task"]["split"] = hostile[2]
         times = 4 if number < 5 else 0
-        for name in ("norm_entropy", "g", "f", "advantage"):
+        for name in ("entropy", "norm_entropy", "g", "f", "advantage"):
             record["modulation"][name] *= times
         tokens = len(record["tokens"]) * times
         record |= {"steps": record["steps"] * times, "tokens": [hostile[place % 5] for place in range(tokens)]}
@@ -181,6 +181,7 @@ def change(**changes):
         change(tokens=["a"]),
         change(token_entropy=[0.5]),
         change(steps__0__thought=None),
+        change(modulation__entropy=[]),
         change(modulation__g=[]),
         change(modulation__advantage=[math.nan] * 4),
         change(modulation__norm_entropy=[math.inf] * 4),

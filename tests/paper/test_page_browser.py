@@ -115,8 +115,8 @@ def expected_steps(records: list[dict], row: int) -> list[dict]:
     tokens, modulation = iter(record["tokens"]), record["modulation"]
     for place, step in enumerate(record["steps"]):
         where, positions = f"{row // 3}/{row % 3}/{place}", range(step["start"], step["end"])
-        numbers = {"entropy": number(step["entropy"]) + " nats", "base": number(modulation["base"], sign=True)}
-        numbers |= {name: number(modulation[name][place]) for name in ("norm_entropy", "g", "f")}
+        numbers = {name: number(modulation[name][place]) for name in ("entropy", "norm_entropy", "g", "f")}
+        numbers |= {"entropy": f"{numbers['entropy']} nats", "base": number(modulation["base"], sign=True)}
         numbers["advantage"] = number(modulation["advantage"][place], sign=True)
         if credit := record.get("credit"):
             before, after = map(number, credit["value"][place : place + 2])
