@@ -1,14 +1,15 @@
 """Responses for all rows of a batch, sampled turn after turn on one KV cache, on a CPU or on a GPU.
 
-A turn has three parts. `_read` feeds what the rows have not read yet, many tokens at a time. `_draw` samples a token
-for each row from the logits. `_decode`, the decode step, feeds that token and draws the next one.
+The plain version: `model.generate(ids)` for every turn, with the log-prob and entropy of every token kept.
 
-On a GPU, Python takes longer to launch the kernels of a decode step than the GPU to run them. So the step is captured
-as a CUDA graph and replayed. A graph repeats the same kernels on the same shapes at the same addresses. Therefore cache
-and `Turn` keep their place in memory, and numbers of rows and columns are rounded up, so that few graphs are needed.
+The file's order: the cache, the buffers of a decode step, the sampler. A turn of the sampler has three parts. `_read`
+feeds the tokens that the model has not read yet, many at a time. `_draw` samples a token for each row from the logits.
+`_decode`, the decode step, feeds that token and draws the next one.
 
-A CPU runs the same functions on exact shapes. Tests run them there on rounded shapes, too. Capture and replay alone
-(`_step`) were not run: no GPU was at hand.
+On a GPU, Python takes longer to launch the kernels of a decode step than the GPU takes to run them. So the decode step
+is captured as a CUDA graph and replayed. A graph repeats the same kernels on the same shapes at the same addresses.
+Therefore the cache and `DecodeBuffers` keep their place in memory. Numbers of rows and columns are rounded up, so that
+few graphs are needed. A CPU runs the same functions on exact shapes.
 """
 
 import math
@@ -19,22 +20,22 @@ from typing import NamedTuple
 import torch
 from torch import Tensor, nn
 from transformers import DynamicCache
+from transformers.cache_utils import DynamicLayer
 
 from empg import token_logp_and_entropy
-from engine.kv_cache import SlotLayer
 from policy import Policy, PolicyError
 
-# By device: rows and columns of a decode step are rounded up to multiples of the first two numbers. The third is the
-# number of tokens between two looks of the host at whether all responses have ended. A look makes a GPU wait.
+# For each type of device. First and second: the rows and columns of a decode step are rounded up to multiples of these.
+# Third: decode steps between two checks for the end. A check synchronises with the GPU.
 ROUNDING = {"cpu": (1, 1, 1), "cuda": (16, 256, 4)}
 READ_AT_ONCE = 2**15  # tokens of one forward pass, padding included; it bounds the memory
 
 
 def sample(logits: Tensor, uniform: Tensor, temperature: float) -> Tensor:
-    """Tokens (B,) from softmax(logits / temperature) by inversion of its distribution function.
+    """Tokens (B,) from softmax(logits / temperature), by inversion of the cumulative distribution.
 
-    logits: (B, V).  uniform: (B,) float64 in [0, 1).  temperature 0 means the most likely token. In float64, where the
-    function of 150,000 tokens still ends at 1; a token of probability 0 is never drawn.
+    logits: (B, V).  uniform: (B,) float64 in [0, 1).  temperature: 0 means the most likely token.
+    In float64 the cumulative probability of 150,000 tokens still ends at 1. A token of probability 0 is never drawn.
     """
     if temperature == 0:
         return logits.argmax(-1)
@@ -43,20 +44,79 @@ def sample(logits: Tensor, uniform: Tensor, temperature: float) -> Tensor:
     return torch.searchsorted(distribution, target, right=True).squeeze(-1).clamp(max=logits.shape[-1] - 1)
 
 
-class Turn:
-    """What a decode step reads and writes besides the cache: (rows, tokens of a response, at most) on the device."""
+# -------------------------------------------------------------------------------------------------------- the KV cache
+
+
+class SlotLayer(DynamicLayer):
+    """Keys and values of one attention layer. The token at position p of a row stands in column p.
+
+    Keys and values are written in place, and each row has its own length. transformers' DynamicLayer copies the whole
+    past for every token, and its StaticLayer has one length for all rows.
+
+    `keys` and `values` are views of two buffers, (rows, heads, columns, size). The buffers keep their place in memory
+    until `capacity` changes. The last column is a bin for padding.
+    """
+
+    capacity: tuple[int, int]  # rows and columns of the buffers
+    rows: slice  # the rows of the next tokens
+    slots: Tensor  # (B, n), the column of each of these tokens, -1 for padding
+    columns: int  # attention sees the first `columns` columns
+
+    def update(self, key_states: Tensor, value_states: Tensor, *args, **kwargs) -> tuple[Tensor, Tensor]:
+        """Write the states of n tokens, (B, heads, n, size), into their slots.
+
+        Returns keys and values of these rows, (B, heads, columns, size) each.
+        """
+        if not self.is_initialized:
+            self.lazy_initialization(key_states, value_states)
+            # Keys take the type of the values. Under autocast, rotary embedding returns float32 keys, and attention
+            # would cast the whole cache for every token.
+            self.buffers = [states[:0, :, :0].to(value_states.dtype) for states in (key_states, value_states)]
+        if self.buffers[0].shape[::2] != self.capacity:
+            self.buffers = [self._grow(buffer) for buffer in self.buffers]
+        row = torch.arange(len(self.slots), device=self.slots.device)[:, None]
+        for buffer, states in zip(self.buffers, (key_states, value_states), strict=True):
+            buffer[self.rows][row, :, self.slots] = states.transpose(1, 2).to(buffer.dtype)
+        self.keys, self.values = (buffer[self.rows, :, : self.columns] for buffer in self.buffers)
+        return self.keys, self.values
+
+    def _grow(self, old: Tensor) -> Tensor:
+        """A copy of the buffer with the present capacity. Unused columns are 0, because attention multiplies masked
+        values by 0, and nan * 0 is nan."""
+        new = old.new_zeros(self.capacity[0], old.shape[1], self.capacity[1], old.shape[3])
+        used = old[:, :, :-1]
+        new[: used.shape[0], :, : used.shape[2]] = used
+        return new
+
+    def keep(self, rows: Tensor, columns: int) -> None:
+        """Move `rows` (n,) to the front, copying their first `columns` columns."""
+        for buffer in self.buffers:
+            buffer[: len(rows), :, :columns] = buffer[rows, :, :columns]
+
+
+# --------------------------------------------------------------------------------------- the buffers of a decode step
+
+
+class DecodeBuffers:
+    """The tensors that a decode step reads and writes, besides the cache. They are made once, on the device.
+
+    rows: of the batch.  tokens: the most of a response.
+    """
 
     def __init__(self, rows: int, tokens: int, device: torch.device):
         self.count = torch.zeros(1, dtype=torch.long, device=device)  # tokens of each response so far
-        self.token = torch.zeros(rows, 1, dtype=torch.long, device=device)  # the last of them
+        self.token = torch.zeros(rows, 1, dtype=torch.long, device=device)  # the last token of each response
         self.length = torch.zeros(rows, 1, dtype=torch.long, device=device)  # tokens that the model has read
         self.open = torch.zeros(rows, 1, dtype=torch.bool, device=device)  # False after the stop token
-        self.uniform = torch.zeros(rows, tokens, dtype=torch.float64, device=device)
+        self.uniform = torch.zeros(rows, tokens, dtype=torch.float64, device=device)  # random numbers in [0, 1)
         self.ids = torch.zeros(rows, tokens, dtype=torch.long, device=device)
         self.logp, self.entropy = (torch.zeros_like(self.uniform) for _ in range(2))  # nats
 
-    def begin(self, lengths: list[int], uniform: Tensor) -> None:
-        """Begin a turn.  lengths: tokens read, of each row; rows behind these are closed.  uniform: (B, tokens)."""
+    def begin_turn(self, lengths: list[int], uniform: Tensor) -> None:
+        """Reset for new responses.
+
+        lengths: tokens that the model has read, of each of the B rows; further rows are closed.  uniform: (B, tokens).
+        """
         for tensor in (self.count, self.open, self.length):
             tensor.zero_()
         self.open[: len(lengths)] = True
@@ -64,8 +124,11 @@ class Turn:
         self.uniform[: len(lengths)] = uniform.to(self.uniform.device)
 
 
+# --------------------------------------------------------------------------------------------------------- the sampler
+
+
 class Response(NamedTuple):
-    """What one row sampled in a turn, the stop token included if it came. A number a token, in nats."""
+    """The tokens that one row sampled in a turn, with the stop token if it came. logp and entropy are in nats."""
 
     ids: list[int]
     logp: list[float]
@@ -75,29 +138,29 @@ class Response(NamedTuple):
 class Sampler:
     """Samples a response for every row of a batch, turn after turn, on one KV cache.
 
-    openings: the ids that each row begins with. Equal ones are read once, except for their last id, which is left for
-    `respond`.  max_tokens: of a row; the cache takes no more.
+    prompts: the first ids of each row. Equal prompts are read once, except for their last id, which `respond` reads.
+    max_step_tokens: of a response.  max_tokens: of a row; the cache has no room for more.
     """
 
     def __init__(
-        self, policy: Policy, openings: list[list[int]], temperature: float, max_step_tokens: int, max_tokens: int
+        self, policy: Policy, prompts: list[list[int]], temperature: float, max_step_tokens: int, max_tokens: int
     ):
         self.policy, self.temperature = policy, temperature
         self.max_step_tokens, self.max_tokens = max_step_tokens, max_tokens
         self.rounding = ROUNDING.get(policy.device.type, ROUNDING["cpu"])
         self.cache = DynamicCache(config=policy.model.config)
         self.cache.layers = [SlotLayer() for _ in self.cache.layers]
-        self.graphs: dict[tuple[int, int], torch.cuda.CUDAGraph] = {}  # of the decode steps of so many rows and columns
-        self.turn = Turn(_up(len(openings), self.rounding[0]), max_step_tokens, policy.device)
-        distinct = list(dict.fromkeys(tuple(ids[:-1]) for ids in openings))
+        self.graphs: dict[tuple[int, int], torch.cuda.CUDAGraph] = {}  # of a decode step, by rows and columns
+        self.state = DecodeBuffers(_round_up(len(prompts), self.rounding[0]), max_step_tokens, policy.device)
+        distinct = list(dict.fromkeys(tuple(ids[:-1]) for ids in prompts))
         self.lengths = [0] * len(distinct)  # tokens that the model has read, of each row
         self.columns = 0  # of the cache
         self._reserve(max(map(len, distinct)))
         self._read(distinct)
-        self.keep([distinct.index(tuple(ids[:-1])) for ids in openings])
+        self.keep([distinct.index(tuple(ids[:-1])) for ids in prompts])
 
     def keep(self, rows: list[int]) -> None:
-        """Make these the rows of the batch; every other row is dropped."""
+        """Make `rows` the batch, in this order. All other rows are dropped."""
         lengths = [self.lengths[row] for row in rows]
         if rows != list(range(len(rows))):
             index = torch.tensor(rows, dtype=torch.long, device=self.policy.device)
@@ -105,88 +168,89 @@ class Sampler:
                 layer.keep(index, max(lengths, default=0))
         self.lengths = lengths
 
-    def _reserve(self, columns: int) -> None:
-        """Make room in the cache, twice the columns if they are full. Graphs that know its old place are dropped."""
-        columns = _up(columns, self.rounding[1])
-        if columns >= self.columns:
-            most = _up(self.max_tokens, self.rounding[1]) + 1  # one more for what belongs to no token
-            self.columns, self.graphs = min(2 * columns, most), {}
-            for layer in self.cache.layers:
-                layer.capacity = (len(self.turn.ids), self.columns)
-
     def respond(self, histories: list[list[int]], uniform: Tensor) -> list[Response]:
-        """Feed each row what it has not read of its history, and sample until the stop token or max_step_tokens.
+        """Read the new ids of each row, and sample until the stop token or max_step_tokens.
 
-        histories: all ids of each row; responses and observations belong to them.  uniform: (B, max_step_tokens) random
-        numbers in [0, 1).  Raises PolicyError if the logits are not finite.
+        histories: all ids of each row, earlier responses and observations included.  uniform: (B, max_step_tokens)
+        random numbers in [0, 1).  Raises PolicyError if the logits are not finite.
         """
-        rows, columns, look = self.rounding
+        rows, columns, steps_between_checks = self.rounding
         pending = [ids[length:] for ids, length in zip(histories, self.lengths, strict=True)]
         longest = max(map(len, histories))
         self._reserve(longest + self.max_step_tokens)
         logits = self._read(pending)
-        self.turn.begin(self.lengths, uniform)
+        self.state.begin_turn(self.lengths, uniform)
         self._draw(logits)
         for number in range(1, self.max_step_tokens):
-            if number % look == 0:
-                if not self.turn.open.any():
+            unchecked = number % steps_between_checks  # decode steps since the last check
+            if unchecked == 0:
+                if not self.state.open.any():
                     break
-                longest = int((self.turn.length + self.turn.open).max())
-            self._step(_up(len(pending), rows), _up(longest + number % look, columns))
-        records = (record[: len(pending)].tolist() for record in (self.turn.ids, self.turn.logp, self.turn.entropy))
-        responses = [self._response(*row) for row in zip(*records, strict=True)]
+                longest = int((self.state.length + self.state.open).max())
+            self._decode_or_replay(_round_up(len(pending), rows), _round_up(longest + unchecked, columns))
+        sampled = (self.state.ids, self.state.logp, self.state.entropy)
+        of_rows = zip(*(column[: len(pending)].tolist() for column in sampled), strict=True)
+        responses = [self._response(*row) for row in of_rows]
         self.lengths = [length + len(new.ids) - 1 for length, new in zip(self.lengths, responses, strict=True)]
         return responses
 
+    def _reserve(self, columns: int) -> None:
+        """Grow the cache by doubling. Captured graphs refer to the old buffers and are discarded."""
+        columns = _round_up(columns, self.rounding[1])
+        if columns >= self.columns:
+            most = _round_up(self.max_tokens, self.rounding[1]) + 1  # plus one column that padding is written to
+            self.columns, self.graphs = min(2 * columns, most), {}
+            for layer in self.cache.layers:
+                layer.capacity = (len(self.state.ids), self.columns)
+
     def _response(self, ids: list[int], logp: list[float], entropy: list[float]) -> Response:
-        """A row's record up to its stop token."""
+        """The response of one row: its tokens up to the stop token."""
         length = ids.index(self.policy.stop_id) + 1 if self.policy.stop_id in ids else len(ids)
         if not all(map(math.isfinite, logp[:length])):
             raise PolicyError("the policy's logits are not finite: its weights are damaged, or training diverged")
         return Response(ids[:length], logp[:length], entropy[:length])
 
     def _read(self, pending: list) -> Tensor:
-        """Feed each row its pending ids, padded to (B, n); returns the logits (B, V) after the last of them."""
+        """Feed each row its pending ids, padded on the left to (B, n). Returns the logits (B, V) after the last id."""
         width, device, logits = max(map(len, pending)), self.policy.device, []
         at_once = max(1, READ_AT_ONCE // max(1, width))
-        for first in range(0, len(pending), at_once):
-            part = pending[first : first + at_once]
-            rows = slice(first, first + len(part))
-            padding = [width - len(row) for row in part]  # on the left
+        for start in range(0, len(pending), at_once):
+            part = pending[start : start + at_once]
+            rows = slice(start, start + len(part))
+            padding = [width - len(row) for row in part]
             ids = torch.tensor([[0] * n + [*row] for n, row in zip(padding, part, strict=True)], device=device)
             number = torch.arange(width, device=device) - torch.tensor(padding, device=device)[:, None]
             slots = (torch.tensor(self.lengths[rows], device=device)[:, None] + number).where(number >= 0, -1)
             self.lengths[rows] = [length + len(row) for length, row in zip(self.lengths[rows], part, strict=True)]
-            logits.append(self._forward(ids, slots, rows, _up(max(self.lengths[rows]), self.rounding[1])))
+            logits.append(self._forward(ids, slots, rows, _round_up(max(self.lengths[rows]), self.rounding[1])))
         return torch.cat(logits)
 
-    def _step(self, rows: int, columns: int) -> None:
-        """`_decode`. On a GPU, a shape is run and captured when it comes first, and replayed from then on.
-
-        The CUDA lines were not run here.
-        """
+    def _decode_or_replay(self, rows: int, columns: int) -> None:
+        """A decode step. On a GPU, the first step of a shape is run and captured, and later ones are replayed."""
         if self.policy.device.type != "cuda":
             self._decode(rows, columns)
         elif (rows, columns) in self.graphs:
             self.graphs[rows, columns].replay()
         else:
             self._decode(rows, columns)
-            pool = next(iter(self.graphs.values())).pool() if self.graphs else None  # they share their memory
+            pool = next(iter(self.graphs.values())).pool() if self.graphs else None  # all graphs share one memory pool
             graph = self.graphs[rows, columns] = torch.cuda.CUDAGraph()
             with torch.cuda.graph(graph, pool=pool, capture_error_mode="thread_local"):
                 self._decode(rows, columns)
 
     def _decode(self, rows: int, columns: int) -> None:
-        """Feed the last token of every open response, and draw the next one. All of it happens on the device: a graph
-        cannot repeat what Python decides."""
-        now = self.turn
-        slots = now.length[:rows].where(now.open[:rows], -1)  # (B, 1)
-        logits = self._forward(now.token[:rows], slots, slice(0, rows), columns)
-        now.length[:rows] += now.open[:rows]
+        """Feed the last token of every open response, and draw the next one.
+
+        All work is on the device, because a graph cannot repeat what Python decides.
+        """
+        state = self.state
+        slots = state.length[:rows].where(state.open[:rows], -1)  # (B, 1)
+        logits = self._forward(state.token[:rows], slots, slice(0, rows), columns)
+        state.length[:rows] += state.open[:rows]
         self._draw(logits)
 
     def _forward(self, ids: Tensor, slots: Tensor, rows: slice, columns: int) -> Tensor:
-        """Logits (B, V) after the last of the ids (B, n) of these rows, which go into these slots (B, n)."""
+        """Feed ids (B, n) of these rows into slots (B, n) of the cache. Returns the logits (B, V) after the last id."""
         for layer in self.cache.layers:
             layer.rows, layer.slots, layer.columns = rows, slots, columns
         positions = slots.clamp(min=0)
@@ -202,20 +266,20 @@ class Sampler:
         return output.logits[:, -1]
 
     def _draw(self, logits: Tensor) -> None:
-        """Sample a token of every row from the logits (B, V), and record it with its logp and entropy."""
-        now, rows = self.turn, len(logits)
-        uniform = now.uniform[:rows].index_select(1, now.count).squeeze(1)
+        """Sample a token of every row from the logits (B, V), and keep it with its log-prob and entropy."""
+        state, rows = self.state, len(logits)
+        uniform = state.uniform[:rows].index_select(1, state.count).squeeze(1)
         token = sample(logits, uniform, self.temperature)[:, None]
-        # Greedy decoding has no distribution of its own; the record is that of temperature 1.
+        # At temperature 0, log-prob and entropy are those of temperature 1.
         logp, entropy = token_logp_and_entropy(logits[:, None], token, self.temperature or 1.0)
-        for record, new in ((now.ids, token), (now.logp, logp), (now.entropy, entropy)):
-            record[:rows].index_copy_(1, now.count, new.to(record.dtype))
-        now.token[:rows] = token
-        now.open[:rows] &= token != self.policy.stop_id
-        now.count += 1
+        for column, new in ((state.ids, token), (state.logp, logp), (state.entropy, entropy)):
+            column[:rows].index_copy_(1, state.count, new.to(column.dtype))
+        state.token[:rows] = token
+        state.open[:rows] &= token != self.policy.stop_id
+        state.count += 1
 
 
-def _up(number: int, multiple: int) -> int:
+def _round_up(number: int, multiple: int) -> int:
     return -(-number // multiple) * multiple
 
 

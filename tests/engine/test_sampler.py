@@ -1,7 +1,7 @@
 """The sampler: tokens have the probabilities of softmax, and no shape, cache or weight type changes an episode.
 
-A decode step on a GPU is a CUDA graph: of fixed shapes, in one place in memory, without the host. All but its capture
-and replay is tested on the CPU here.
+A decode step on a GPU is a CUDA graph: of fixed shapes, at fixed addresses, without the host. These conditions are
+tested on the CPU. Capture and replay need a GPU.
 """
 
 import copy
@@ -15,14 +15,14 @@ from torch import tensor
 from transformers import AutoModelForCausalLM, LlamaConfig, Qwen2Config, Qwen3Config
 
 from engine import sampler
-from engine.sampler import Sampler, sample, sampling_weights
+from engine.sampler import Sampler, SlotLayer, sample, sampling_weights
 from envs import make_envs
 from episode import Episode, Task
 from policy import Policy
 from rollout import rollout
 
 JUST_BELOW_1 = math.nextafter(1.0, 0.0)
-STATIC = (4, 32, 3)  # rows and columns are rounded up to these, and the host looks at every third token
+STATIC = (4, 32, 3)  # rows and columns are rounded up to these, and every third decode step checks for the end
 SIZES = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2, "num_attention_heads": 4}
 
 
@@ -102,7 +102,7 @@ def test_sample_never_draws_a_token_of_probability_0(impossible):
 
 
 @pytest.mark.parametrize("config", [None, Qwen2Config, LlamaConfig, Qwen3Config])
-def test_rounded_shapes_and_rare_looks_change_nothing(config, house_policy, monkeypatch):
+def test_rounded_shapes_and_rare_checks_change_nothing(config, house_policy, monkeypatch):
     policy = random_policy(config, house_policy) if config else house_policy  # the latter ends some of its responses
     expected = play(policy)
     monkeypatch.setitem(sampler.ROUNDING, "cpu", STATIC)
@@ -127,8 +127,8 @@ def test_a_decode_step_stays_in_its_place_in_memory_and_needs_nothing_of_the_hos
         hidden = {name: self.__dict__.pop(name) for name in ("lengths", "columns", "rounding")}
         decode(self, rows, columns)
         self.__dict__ |= hidden
-        assert not self.turn.open[len(self.lengths) :].any()  # rows that only round the number up would never end
-        tensors = [*vars(self.turn).values(), *(buffer for layer in self.cache.layers for buffer in layer.buffers)]
+        assert not self.state.open[len(self.lengths) :].any()  # rows that only round the number up would never end
+        tensors = [*vars(self.state).values(), *(buffer for layer in self.cache.layers for buffer in layer.buffers)]
         places.setdefault((self.columns, rows, columns), set()).add(tuple(part.data_ptr() for part in tensors))
         steps.append(rows)
 
@@ -148,8 +148,13 @@ def test_reading_in_parts_changes_nothing(house_policy, monkeypatch):
 @pytest.mark.parametrize("config", [None, Qwen2Config, LlamaConfig, Qwen3Config])
 def test_a_gpu_plays_the_same_episodes_as_a_cpu(config, house_policy, monkeypatch):
     policy = random_policy(config, house_policy) if config else house_policy
-    graphs, step = set(), Sampler._step
-    monkeypatch.setattr(Sampler, "_step", lambda self, *shape: (step(self, *shape), graphs.update(self.graphs)))
+    graphs, decode_or_replay = set(), Sampler._decode_or_replay
+
+    def watched(self, rows, columns):
+        decode_or_replay(self, rows, columns)
+        graphs.update(self.graphs)
+
+    monkeypatch.setattr(Sampler, "_decode_or_replay", watched)
     on_gpu = Policy(copy.deepcopy(policy.model).cuda(), policy.tokenizer)
     assert_same(play(on_gpu, number=20), play(policy, number=20), atol=1e-3)
     assert graphs
@@ -175,8 +180,14 @@ def test_weights_cast_once_give_the_numbers_of_autocast(house_policy):
 
 def test_the_cache_of_mixed_precision_holds_no_float32(house_policy, monkeypatch):
     """Keys came out of the rotary embedding in float32, and attention cast the whole cache at every token."""
-    made, init = [], Sampler.__init__
-    monkeypatch.setattr(Sampler, "__init__", lambda self, *args: (init(self, *args), made.append(self))[0])
+    dtypes, update = set(), SlotLayer.update
+
+    def watched(self, *states, **options):
+        seen = update(self, *states, **options)
+        dtypes.update(buffer.dtype for buffer in self.buffers)
+        return seen
+
+    monkeypatch.setattr(SlotLayer, "update", watched)
     with sampling_weights(house_policy.model, "bf16"):
         play(house_policy)
-    assert {buffer.dtype for layer in made[0].cache.layers for buffer in layer.buffers} == {torch.bfloat16}
+    assert dtypes == {torch.bfloat16}
