@@ -1,8 +1,10 @@
 """What an environment is, the environments by name, the ReAct text, and scripted players.
 
-An environment is gymnasium's reset and step with text for observations and actions (`Env` below). Its answer to an
-action that it does not understand is part of the world, never an exception. `terminated` means that the world ended
-the episode, `truncated` that its step limit did.
+An environment has gymnasium's reset and step. Observations and actions are text (`Env` below). An action that the
+environment does not understand gets an answer, never an exception. `terminated`: the world ended the episode.
+`truncated`: the step limit ended it.
+
+This file imports every world. A world imports its large packages only where it uses them, so the others start fast.
 """
 
 import random
@@ -15,46 +17,49 @@ from worlds import alfworld_env, coin, house, search, shop, webshop
 
 
 class Env(Protocol):
-    """One world that plays one task at a time; it is reset, never rebuilt."""
+    """A world that plays one task at a time. One environment plays many tasks, a `reset` before each."""
 
-    instructions: str  # for the system turn
+    instructions: str  # the system turn of the prompt
 
     def size(self, split: str) -> int | None:
         """Number of tasks in the split; None if it has one for every seed."""
 
     def reset(self, split: str, seed: int) -> tuple[str, dict]:
-        """Start task number `seed` of the split: first observation, info with "task_type" and "success"."""
+        """Start task number `seed` of the split: first observation, info with "task_type" and "success".
+
+        Raises ValueError if there is no such split or task.
+        """
 
     def step(self, action: str) -> tuple[str, float, bool, bool, dict]:
-        """Observation, reward (0 before the end), terminated, truncated, info with "valid" beside the above."""
+        """Observation, reward (0 before the end), terminated, truncated, info with "valid", "task_type", "success"."""
 
     def admissible(self) -> list[str]:
-        """Actions that would do something now, in a fixed order."""
+        """The actions that are valid now, in a fixed order."""
 
     def oracle(self) -> tuple[str, str]:
-        """(thought, action) of a player that makes no mistake, whatever happened before."""
+        """(thought, action) of a player that makes no mistake. It knows a way from every state."""
 
 
 @dataclass(frozen=True)
 class World:
-    """How to make an environment, and which splits its tasks come in."""
+    """How to make an environment, its settings, and the splits of its tasks."""
 
-    make: Callable[[Any], Env]  # from a config
-    config: type  # a frozen dataclass of ints, strs and tuples of strs
-    splits: tuple[str, ...]  # the one to train on, then the held-out ones
+    make: Callable[[Any], Env]  # config -> environment
+    config: type  # a frozen dataclass; its fields are ints, strs and tuples of strs
+    splits: tuple[str, ...]  # the first is for training, the others are held out
 
 
 ENVIRONMENTS = {
     "house": World(house.House, house.HouseConfig, house.SPLITS),
     "alfworld": World(alfworld_env.AlfWorld, alfworld_env.AlfWorldConfig, alfworld_env.SPLITS),
-    "webshop": World(webshop.make_webshop, shop.ShopConfig, shop.SPLITS),
+    "webshop": World(shop.make_webshop, webshop.ShopConfig, webshop.SPLITS),
     "search": World(search.Search, search.SearchConfig, search.SPLITS),
     "coin": World(coin.Coin, coin.CoinConfig, coin.SPLITS),
 }
 
 
 def make_config(name: str, args: Sequence[str]) -> Any:
-    """The configuration of an environment. args: settings such as "max_steps=30" or "task_types=a,b".
+    """The configuration of an environment. args: its settings, such as "max_steps=30" or "task_types=a,b".
 
     Raises ValueError for an unknown environment or setting, or a value out of range. Reads no file.
     """
@@ -141,11 +146,11 @@ def format_response(thought: str, action: str) -> str:
 
 
 def example(env: Env, attempts: int = 10) -> str:
-    """A faultless training episode as text, for the instructions of a model that never saw the world.
+    """A training episode of the oracle as text, for the prompt of a model that never saw the world.
 
     The oracle plays the first training tasks until it solves one.  Raises ValueError if it solves none of `attempts`.
     """
-    size = env.size("train")
+    size, limit = env.size("train"), 0
     for seed in range(attempts if size is None else min(attempts, size)):
         observation, info = env.reset("train", seed)
         lines, done = ["An example:", observation], False
@@ -156,7 +161,10 @@ def example(env: Env, attempts: int = 10) -> str:
             done = terminated or truncated
         if info["success"]:
             return "\n".join(lines[:-1])  # the last observation only says that the episode is over
-    raise ValueError(f"the oracle solves none of the first {attempts} training tasks, so there is no example to show")
+        if truncated:
+            limit = len(lines) // 2 - 1
+    advice = f", because its episodes are truncated at max_steps={limit}; set a larger one" if limit else ""
+    raise ValueError(f"no example: the oracle solves none of the first {attempts} training tasks{advice}")
 
 
 # ------------------------------------------------------------------------------------------------- scripted players
@@ -166,19 +174,20 @@ Player = Callable[[Env, list[str], random.Random], tuple[str, str]]
 
 
 def oracle_player(env: Env, actions: list[str], rng: random.Random) -> tuple[str, str]:
-    """The upper end of the scale."""
+    """It makes no mistake: the upper end of the scale."""
     return env.oracle()
 
 
 def random_player(env: Env, actions: list[str], rng: random.Random) -> tuple[str, str]:
-    """The lower end of the scale: any action that does something."""
+    """It takes any valid action: the lower end of the scale."""
     return "Anything.", rng.choice(env.admissible())
 
 
 def careless_player(slip: float) -> Player:
-    """The oracle, but with probability `slip` a step is a random action or repeats an earlier one, possible or not.
+    """The oracle, but with probability `slip` it slips: it takes a random action, or repeats an earlier one.
 
-    Imitation of it shows a tiny model every situation, "Nothing happens." included, and the way back from it.
+    A repeated action may be invalid by then. A model that imitates this player therefore sees mistakes, the answer to
+    an invalid action, and the way back.
     """
 
     def player(env: Env, actions: list[str], rng: random.Random) -> tuple[str, str]:

@@ -11,7 +11,8 @@ Differences from ALFWorld's loader:
 - Every observation ends with the task (setting `restate_task`). A very small model then need not remember it.
 
 To play: pip install --no-deps -r requirements-alfworld.txt, then `alfworld-download` or
-`python -m worlds.alfworld_games --out DIR --split train --games 100`, and --env alfworld --data DIR.
+`python -m worlds.alfworld_games --out DIR --split train --games 100`, and
+--env alfworld --env_args data=DIR.
 """
 
 import functools
@@ -81,7 +82,7 @@ def data_folder(data: str) -> Path:
         raise ValueError(
             f"no ALFWorld games in {root}; run `alfworld-download` for the published ones, or "
             f"`python -m worlds.alfworld_games --out {root.parent} --split train --games 100` to write some, "
-            "and name their folder with --data or $ALFWORLD_DATA"
+            "and name their folder with --env_args data=FOLDER or $ALFWORLD_DATA"
         )
     return root
 

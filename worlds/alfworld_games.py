@@ -308,7 +308,7 @@ def main() -> None:
         folder = write_games(config)
     except (ValueError, OSError) as error:
         parser.error(str(error))
-    print(f"{config.games} games in {folder}; play them with --env alfworld --data {config.out}")
+    print(f"{config.games} games in {folder}; play them with --env alfworld --env_args data={config.out}")
 
 
 if __name__ == "__main__":

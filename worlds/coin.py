@@ -27,6 +27,8 @@ class Coin:
         return None
 
     def reset(self, split: str, seed: int) -> tuple[str, dict]:
+        if split not in SPLITS:
+            raise ValueError(f"unknown split {split!r}; there are {', '.join(SPLITS)}")
         self.side, self.said, self.steps = ("left", "right")[seed % 2], [], 0
         return f"Toss {seed % 7}: {self.side}.", {"task_type": self.side, "success": False}
 

@@ -3,7 +3,7 @@
 A task is an instruction ("i need insulated, handmade mug with color: red, and price lower than 30.00 dollars"). The
 agent searches with `search[words]`, clicks links, buttons and options with `click[value]`, and buys. Pages, actions,
 search results and score are WebShop's (Yao et al. 2022, arXiv:2207.01206). WebShop itself is not needed: the shop
-brings a made-up catalogue. With `--data DIR` it sells the products in WebShop's own files.
+brings a made-up catalogue. With `--env_args data=DIR` it sells the products in WebShop's own files.
 
 The reward is 1 if the purchase scores a full 1.0, else 0. It comes once, at the end. info["score"] is WebShop's reward.
 
@@ -19,64 +19,31 @@ Differences from WebShop:
 import json
 import re
 from collections.abc import Iterable
-from dataclasses import dataclass
 from functools import cache
 
 from worlds.shop_data import Goal, Product, generate, load_files, parse
 from worlds.shop_reward import Nouns, choose_options, score, title_words
 from worlds.shop_search import Index
+from worlds.webshop import (
+    Customer,
+    ShopConfig,
+    WebShopAdapter,
+    does_something,
+    goal_number,
+    offered,
+    parse_action,
+    search_text,
+)
 
-SPLITS = ("train", "eval", "test")
 SEP = " [SEP] "
 PER_PAGE, MAX_RESULTS = 10, 50
 SUB_PAGES = ("description", "features", "reviews")
 HIDDEN_PAGE = "attributes"  # has no button; an option of this name leads to it
-SHORTCUTS = ("<r>", "<a>", "<c>", "<q>")
-INSTRUCTIONS = """You shop on a website. Every turn, write one thought and one action:
-Thought: what to look for, and why
-Action: search[words] | click[value]
-Values stand on the page: product ids, options, links such as Next >, < Prev, Back to Search, Features. \
-Click each option that is asked for, then click[Buy Now]."""
 
 
-@dataclass(frozen=True)
-class ShopConfig:
-    """Which shop, and how long an episode may be. Raises ValueError for values out of range."""
-
-    products: int = 0  # 0 for all there are, which is 500 in the made-up catalogue
-    goals: int = 10  # instructions for each product of the made-up catalogue, at most
-    max_steps: int = 15  # actions, then the episode is truncated
-    data: str = ""  # folder with WebShop's product files; "" for the made-up catalogue
-    webshop_root: str = ""  # a WebShop checkout to drive; "" for the embedded shop
-    human_goals: int = 1  # 1: instructions that people wrote; 0: from a template
-    seed: int = 233  # of the made-up catalogue, of prices and of price limits
-
-    def __post_init__(self):
-        if self.products < 0 or self.goals < 1 or self.max_steps < 1:
-            raise ValueError(f"products must be 0 or more, goals and max_steps at least 1, got {self}")
-        if self.human_goals not in (0, 1):
-            raise ValueError(f"human_goals must be 0 or 1, got {self.human_goals}")
-        if self.data and self.webshop_root:
-            raise ValueError("data and webshop_root exclude each other: a checkout has its own data folder")
-        if self.webshop_root and self.products not in (0, 100, 1000, 100_000):
-            raise ValueError(f"WebShop has search indexes for products = 0, 100, 1000, 100000, got {self.products}")
-
-
-def split_range(goals: int, split: str) -> range:
-    """Numbers of the goals of a split. WebShop's own are test 0-499, eval 500-1499, train 1500 and up; with fewer than
-    3000 goals, test gets a sixth, eval a third and train half. Raises ValueError for an unknown split."""
-    if split not in SPLITS:
-        raise ValueError(f"unknown split {split!r}; webshop has {', '.join(SPLITS)}")
-    test, evaluation = min(500, goals // 6), min(1500, goals // 2)
-    return {"test": range(test), "eval": range(test, evaluation), "train": range(evaluation, goals)}[split]
-
-
-def goal_number(goals: int, split: str, seed: int) -> int:
-    """Number of the goal that is task number `seed` of the split. Raises ValueError if there is no such task."""
-    numbers = split_range(goals, split)
-    if not 0 <= seed < len(numbers):
-        raise ValueError(f"split {split} has tasks 0 to {len(numbers) - 1}, got {seed}")
-    return int(numbers[seed])  # WebShop picks a random goal for any other type, numpy's integers included
+def make_webshop(config: ShopConfig) -> "Shop | WebShopAdapter":
+    """The real WebShop if the configuration names a checkout, else the embedded shop."""
+    return WebShopAdapter(config) if config.webshop_root else Shop(config)
 
 
 class Catalogue:
@@ -115,76 +82,10 @@ def load_catalogue(data: str, products: int, goals: int, human_goals: int, seed:
 # ----------------------------------------------------------------------------------------------------------- the shop
 
 
-def parse_action(action: str) -> tuple[str, str]:
-    """("search" or "click", its argument in lower case); ("", "") for anything else, and for a search shortcut.
-
-    >>> parse_action("search[Red mug]"), parse_action("buy it")
-    (('search', 'red mug'), ('', ''))
-    """
-    match = re.match(r"(.+)\[(.+)\]", action)  # WebShop's: all before the last "[" is the verb
-    verb, argument = (match[1], match[2].lower()) if match else ("", "")
-    refused = verb not in ("search", "click") or (verb == "search" and argument.split(" ")[0] in SHORTCUTS)
-    return ("", "") if refused else (verb, argument)
-
-
-def does_something(action: str, clickables: list[str]) -> bool:
-    """Whether a page with these clickable values reacts to the action. Every page takes a search."""
-    verb, value = parse_action(action)
-    return verb == "search" or (verb == "click" and value != "search" and value in clickables)
-
-
-def offered(clickables: list[str], searches: Iterable[str]) -> list[str]:
-    """Actions that a page reacts to: its clicks, or these searches if it has the search bar."""
-    if "search" in clickables:
-        actions = [f"search[{search_text(words)}]" for words in searches]
-    else:
-        actions = [f"click[{value}]" for value in clickables]
-    return [action for action in actions if does_something(action, clickables)]
-
-
-def search_text(text: str) -> str:
-    """Text that can stand between the brackets of a search."""
-    return re.sub(r"[][\s]+", " ", text).strip()
-
-
 def _text_nodes(texts: Iterable[str]) -> list[str]:
     """The texts as they are after WebShop has written them into HTML and parsed it again."""
     # An empty text leaves an empty element. White space that contains a line break counts as layout.
     return [text.strip() for text in texts if text and (text.strip(" \n\t\f\r") or "\n" not in text)]
-
-
-class Customer:
-    """What `Shop` and the adapter to the real WebShop share: tasks, valid actions, reward, the step limit.
-
-    A subclass has goals (a list), task_type, steps, score and terminated, and the methods reset, observation,
-    clickables and _act.
-    """
-
-    instructions = INSTRUCTIONS
-
-    def __init__(self, config: ShopConfig):
-        self.config = config
-
-    def size(self, split: str) -> int:
-        """Number of tasks in the split."""
-        return len(split_range(len(self.goals), split))
-
-    def step(self, action: str) -> tuple[str, float, bool, bool, dict]:
-        """Do one action; an invalid one changes nothing. Returns observation, reward, terminated, truncated, info.
-
-        The reward is 1.0 for the step that buys exactly what is wanted, else 0.0. info["valid"]: the action did
-        something. info["success"]: the purchase scored 1. info["score"]: its score. info["task_type"]: the category.
-        """
-        valid = not self.terminated and does_something(action, self.clickables())
-        if valid:
-            self._act(action)
-        self.steps += 1
-        reward = float(valid and self.terminated and self.score == 1.0)
-        truncated = not self.terminated and self.steps >= self.config.max_steps
-        return self.observation(), reward, self.terminated, truncated, {"valid": valid, **self._info()}
-
-    def _info(self) -> dict:
-        return {"task_type": self.task_type, "success": self.score == 1.0, "score": self.score}
 
 
 class Shop(Customer):

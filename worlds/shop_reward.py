@@ -10,8 +10,6 @@ import re
 from collections.abc import Callable, Iterable
 from functools import lru_cache
 
-from rapidfuzz.fuzz import token_set_ratio
-
 from worlds.shop_data import PATH_MARK, Goal, Product
 
 NO_NOUNS = frozenset(["a", "an", "the", "and", "or", "of", "for", "with", "in", "on", "to", "by", "from", "that", "is",
@@ -42,6 +40,8 @@ def _plain(text: str) -> str:
 
 def alike(a: object, b: object) -> bool:
     """Whether nearly all words of one text are in the other: a rounded token set ratio above 85 of 100."""
+    from rapidfuzz.fuzz import token_set_ratio  # only the shop needs this package
+
     return round(token_set_ratio(_plain(str(a)), _plain(str(b)))) > 85
 
 

@@ -12,7 +12,6 @@ from functools import lru_cache
 
 import numpy as np
 import regex
-from nltk.stem.porter import PorterStemmer
 
 # Words as in Unicode's rules for word boundaries (UAX 29). `WB=...` are the classes of those rules.
 MARKS = r"[\p{WB=Extend}\p{WB=Format}\p{WB=ZWJ}]*"  # accents, soft hyphens: part of the character before them
@@ -39,7 +38,14 @@ WORD = regex.compile(
 LONGEST = 255  # characters; Lucene cuts a longer word into pieces
 STOP_WORDS = """a an and are as at be but by for if in into is it no not of on or such that the their then there these
 they this to was will with""".split()  # noqa: SIM905
-stem = lru_cache(maxsize=100_000)(PorterStemmer(PorterStemmer.MARTIN_EXTENSIONS).stem)
+
+
+@lru_cache(maxsize=100_000)
+def stem(word: str) -> str:
+    """Porter's stem of a word."""
+    from nltk.stem.porter import PorterStemmer  # nltk takes seconds to import, and only the shop needs it
+
+    return PorterStemmer(PorterStemmer.MARTIN_EXTENSIONS).stem(word)
 
 
 def search_words(text: str) -> list[str]:

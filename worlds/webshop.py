@@ -1,24 +1,141 @@
-"""An adapter to the real WebShop: the same methods and texts as the embedded shop.
+"""WebShop: the settings, splits and actions of every shop, and an adapter to the real one.
 
-`--webshop-root DIR` names a checkout of https://github.com/princeton-nlp/WebShop with its packages, its spaCy model,
-its product files and its search index. An error names what is missing and the command that gets it. `shop.py` needs
-none of it.
+The embedded shop (`shop.py`) is the default. It needs no WebShop. `--env_args webshop_root=DIR` plays the real one: DIR
+is a checkout of https://github.com/princeton-nlp/WebShop with its packages, its spaCy model, its product files and its
+search index. An error names what is missing and the command that gets it.
 """
 
 import random
+import re
 import sys
+from collections.abc import Iterable
 from contextlib import contextmanager
+from dataclasses import dataclass
 from functools import cache
 from itertools import count
 from pathlib import Path
 
-from worlds.shop import Customer, Shop, ShopConfig, does_something, goal_number, offered, search_text
 from worlds.shop_reward import choose_options
 
+SPLITS = ("train", "eval", "test")
+SHORTCUTS = ("<r>", "<a>", "<c>", "<q>")
+INSTRUCTIONS = """You shop on a website. Every turn, write one thought and one action:
+Thought: what to look for, and why
+Action: search[words] | click[value]
+Values stand on the page: product ids, options, links such as Next >, < Prev, Back to Search, Features. \
+Click each option that is asked for, then click[Buy Now]."""
 
-def make_webshop(config: ShopConfig) -> "Shop | WebShopAdapter":
-    """The real WebShop if the configuration names a checkout, else the embedded shop."""
-    return WebShopAdapter(config) if config.webshop_root else Shop(config)
+
+@dataclass(frozen=True)
+class ShopConfig:
+    """Which shop, and how long an episode may be. Raises ValueError for values out of range."""
+
+    products: int = 0  # 0 for all there are, which is 500 in the made-up catalogue
+    goals: int = 10  # instructions for each product of the made-up catalogue, at most
+    max_steps: int = 15  # actions, then the episode is truncated
+    data: str = ""  # folder with WebShop's product files; "" for the made-up catalogue
+    webshop_root: str = ""  # a WebShop checkout to drive; "" for the embedded shop
+    human_goals: int = 1  # 1: instructions that people wrote; 0: from a template
+    seed: int = 233  # of the made-up catalogue, of prices and of price limits
+
+    def __post_init__(self):
+        if self.products < 0 or self.goals < 1 or self.max_steps < 1:
+            raise ValueError(f"products must be 0 or more, goals and max_steps at least 1, got {self}")
+        if self.human_goals not in (0, 1):
+            raise ValueError(f"human_goals must be 0 or 1, got {self.human_goals}")
+        if self.data and self.webshop_root:
+            raise ValueError("data and webshop_root exclude each other: a checkout has its own data folder")
+        if self.webshop_root and self.products not in (0, 100, 1000, 100_000):
+            raise ValueError(f"WebShop has search indexes for products = 0, 100, 1000, 100000, got {self.products}")
+
+
+def split_range(goals: int, split: str) -> range:
+    """Numbers of the goals of a split. WebShop's own are test 0-499, eval 500-1499, train 1500 and up; with fewer than
+    3000 goals, test gets a sixth, eval a third and train half. Raises ValueError for an unknown split."""
+    if split not in SPLITS:
+        raise ValueError(f"unknown split {split!r}; webshop has {', '.join(SPLITS)}")
+    test, evaluation = min(500, goals // 6), min(1500, goals // 2)
+    return {"test": range(test), "eval": range(test, evaluation), "train": range(evaluation, goals)}[split]
+
+
+def goal_number(goals: int, split: str, seed: int) -> int:
+    """Number of the goal that is task number `seed` of the split. Raises ValueError if there is no such task."""
+    numbers = split_range(goals, split)
+    if not 0 <= seed < len(numbers):
+        raise ValueError(f"split {split} has tasks 0 to {len(numbers) - 1}, got {seed}")
+    return int(numbers[seed])  # WebShop picks a random goal for any other type, numpy's integers included
+
+
+# -------------------------------------------------------------------------------------------------------- actions
+
+
+def parse_action(action: str) -> tuple[str, str]:
+    """("search" or "click", its argument in lower case); ("", "") for anything else, and for a search shortcut.
+
+    >>> parse_action("search[Red mug]"), parse_action("buy it")
+    (('search', 'red mug'), ('', ''))
+    """
+    match = re.match(r"(.+)\[(.+)\]", action)  # WebShop's: all before the last "[" is the verb
+    verb, argument = (match[1], match[2].lower()) if match else ("", "")
+    refused = verb not in ("search", "click") or (verb == "search" and argument.split(" ")[0] in SHORTCUTS)
+    return ("", "") if refused else (verb, argument)
+
+
+def does_something(action: str, clickables: list[str]) -> bool:
+    """Whether a page with these clickable values reacts to the action. Every page takes a search."""
+    verb, value = parse_action(action)
+    return verb == "search" or (verb == "click" and value != "search" and value in clickables)
+
+
+def offered(clickables: list[str], searches: Iterable[str]) -> list[str]:
+    """Actions that a page reacts to: its clicks, or these searches if it has the search bar."""
+    if "search" in clickables:
+        actions = [f"search[{search_text(words)}]" for words in searches]
+    else:
+        actions = [f"click[{value}]" for value in clickables]
+    return [action for action in actions if does_something(action, clickables)]
+
+
+def search_text(text: str) -> str:
+    """Text that can stand between the brackets of a search."""
+    return re.sub(r"[][\s]+", " ", text).strip()
+
+
+class Customer:
+    """What `Shop` and the adapter to the real WebShop share: tasks, valid actions, reward, the step limit.
+
+    A subclass has goals (a list), task_type, steps, score and terminated, and the methods reset, observation,
+    clickables and _act.
+    """
+
+    instructions = INSTRUCTIONS
+
+    def __init__(self, config: ShopConfig):
+        self.config = config
+
+    def size(self, split: str) -> int:
+        """Number of tasks in the split."""
+        return len(split_range(len(self.goals), split))
+
+    def step(self, action: str) -> tuple[str, float, bool, bool, dict]:
+        """Do one action; an invalid one changes nothing. Returns observation, reward, terminated, truncated, info.
+
+        The reward is 1.0 for the step that buys exactly what is wanted, else 0.0. info["valid"]: the action did
+        something. info["success"]: the purchase scored 1. info["score"]: its score. info["task_type"]: the category.
+        """
+        valid = not self.terminated and does_something(action, self.clickables())
+        if valid:
+            self._act(action)
+        self.steps += 1
+        reward = float(valid and self.terminated and self.score == 1.0)
+        truncated = not self.terminated and self.steps >= self.config.max_steps
+        return self.observation(), reward, self.terminated, truncated, {"valid": valid, **self._info()}
+
+    def _info(self) -> dict:
+        return {"task_type": self.task_type, "success": self.score == 1.0, "score": self.score}
+
+
+# ------------------------------------------------------------------------------------------------ the real WebShop
 
 
 @contextmanager

@@ -310,7 +310,10 @@ def test_the_oracle_solves_every_task_with_possible_actions(config, split):
 
 def shortest(world: House) -> int:
     """Length of the shortest solution, by breadth-first search over all actions that can change the world."""
-    key = lambda w: (w.at, w.lamp_on, *w.place.values(), frozenset(w.open), frozenset(w.treated))  # noqa: E731
+
+    def key(w: House) -> tuple:
+        return w.at, w.lamp_on, *w.place.values(), frozenset(w.open), frozenset(w.treated)
+
     seen, border, length = {key(world)}, [world], 0
     while True:
         length, reached = length + 1, []

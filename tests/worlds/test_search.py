@@ -15,7 +15,8 @@ from test_envs import transcript
 
 from envs import oracle_player
 from worlds import search
-from worlds.search import NOTHING, Search, SearchConfig, exact_match, f1, load_questions, normalize, split_of
+from worlds.questions import load_questions, normalize, split_of
+from worlds.search import NOTHING, Search, SearchConfig, exact_match, f1
 from worlds.search_world import HELD_OUT, RELATIONS, SPLITS, SYLLABLES, Question, build_world, paths
 
 SMALL = SearchConfig(entities=120, syllables=12)

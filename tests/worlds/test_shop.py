@@ -11,9 +11,10 @@ from test_envs import transcript
 
 from envs import make_envs, oracle_player, random_player
 from worlds import shop_reward
-from worlds.shop import SEP, SPLITS, Catalogue, Shop, ShopConfig, split_range
+from worlds.shop import SEP, Catalogue, Shop
 from worlds.shop_data import Goal, Product
 from worlds.shop_reward import alike, choose_options, option_core
+from worlds.webshop import SPLITS, ShopConfig, split_range
 
 BLANKET = Product(
     *("B1", "acme soft warm blanket", "home", "blanket", "Home \u203a Bedding \u203a Blanket", 20.0, "$20.0"),

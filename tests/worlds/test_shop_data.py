@@ -11,9 +11,10 @@ import pytest
 
 from envs import make_envs
 from worlds import shop_data, shop_reward, shop_search
-from worlds.shop import Catalogue, Shop, ShopConfig
+from worlds.shop import Catalogue, Shop
 from worlds.shop_data import KINDS, generate, load_files, parse, write_files
 from worlds.shop_search import Index, search_words
+from worlds.webshop import ShopConfig
 
 # --------------------------------------------------------------------------------------------------------------- search
 

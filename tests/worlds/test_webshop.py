@@ -10,8 +10,7 @@ from test_envs import transcript
 
 from envs import make_envs, oracle_player
 from worlds import webshop
-from worlds.shop import SPLITS
-from worlds.webshop import WebShopAdapter
+from worlds.webshop import SPLITS, WebShopAdapter
 
 # What the adapter needs of WebShop, with its traps: a goal is only obeyed if its number is an int, the global random
 # generator is drawn from, also by the first print; a step after the purchase or with a strange search raises.
