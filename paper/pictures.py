@@ -1,9 +1,10 @@
 """The figures of docs/results.md, drawn from the committed rows. Each function makes one; `draw_all` writes them.
 
-Every line has a style or a marker of its own, so that a print in grey can be read. Bands and bars are 95 % intervals.
+Bands and bars are 95 % intervals. Every line differs in style or marker, so that a print in grey can be read. Every
+figure is 8 inches wide, so that its text can be read where a page shows it 800 pixels wide.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from itertools import cycle
 from pathlib import Path
 from textwrap import fill
@@ -46,27 +47,27 @@ def band(axis: Axes, x: list[float], rows: list[Row], values: Callable[[Row], li
 
 
 def learning_curves(world: str = "house") -> Figure:
-    """Success while training, baseline and EMPG, and the paired differences of the final evaluation."""
+    """Success while training, baseline and EMPG, and below the paired differences of the final evaluation."""
     study = Study(read_rows(world))
     pairs = {name: pair for name, pair in PAIRS.items() if all(map(study.of, pair))}
-    figure = Figure(figsize=(4 * len(pairs) + 4, 3.6), layout="constrained")
-    *curves, forest = figure.subplots(1, len(pairs) + 1)
-    for axis, (name, pair) in zip(curves, pairs.items(), strict=True):
+    figure = Figure(figsize=(8, 7), layout="constrained")
+    above, below = figure.subfigures(2, 1)
+    for axis, (name, pair) in zip(above.subplots(1, len(pairs)), pairs.items(), strict=True):
         together = study.together(*pair)
         for rows, label, look in zip(zip(*together, strict=True), (name, f"{name} + EMPG"), looks(), strict=False):
             iterations = range(1, len(rows[0]["curve"]) + 1)
             band(axis, iterations, rows, lambda row: [100 * x for x in row["curve"]], label=label, **look)
-        title = f"{name}\n{WORLDS[world].title}, {len(together)} seeds"
-        axis.set(xlabel="iteration (64 episodes)", ylabel="success on new tasks, %", ylim=(0, 100), title=title)
+        axis.set(title=f"{WORLDS[world].title}, {name}, {len(together)} seeds", ylim=(0, 100))
+        axis.set(xlabel="iteration (64 episodes)", ylabel="success on new tasks, %")
         axis.xaxis.set_major_locator(MaxNLocator(integer=True))
         axis.legend(loc="lower right")
         axis.grid(alpha=0.3)
-    differences(forest, study, pairs)
+    differences(below.subplots(), study, pairs)
     return figure
 
 
 def learning_curves_weak() -> Figure:
-    """The same in the House whose warm start is weak."""
+    """The same in House with a weak imitation."""
     return learning_curves("house_weak")
 
 
@@ -82,23 +83,22 @@ def differences(axis: Axes, study: Study, pairs: dict) -> None:
         error = [[100 * (gain.mean - gain.low)], [100 * (gain.high - gain.mean)]] if gain.seeds > 1 else None
         axis.errorbar(100 * gain.mean, -place, xerr=error, capsize=3, linestyle="none", **look)
     axis.axvline(0, color="black", linewidth=0.8)
-    axis.set_yticks([-place for place in range(len(shown))], [label for label, *_ in shown], fontsize=8)
-    axis.set(xlabel="minus the baseline, points", title="final success, paired by seed", xlim=(-20, 20))
+    axis.set_yticks([-place for place in range(len(shown))], [label for label, *_ in shown])
+    axis.set(xlabel="final success minus the baseline's, paired by seed, points", xlim=(-12, 12))
     axis.grid(alpha=0.3, axis="x")
 
 
 def kl() -> Figure:
-    """KL to the first policy while training."""
+    """KL to the first policy while training, in House."""
     study = Study(read_rows("house"))
-    figure = Figure(figsize=(5, 3.4), layout="constrained")
+    figure = Figure(figsize=(8, 3.6), layout="constrained")
     axis = figure.subplots()
     for (label, method), look in zip(labelled(study), looks(), strict=False):
         rows = study.of(method)
-        iterations = [0, *(iteration for iteration, _ in rows[0]["kl"])]  # where it begins it is the first policy
+        iterations = [0, *(iteration for iteration, _ in rows[0]["kl"])]  # at 0 it is the first policy: no KL
         band(axis, iterations, rows, lambda row: [0.0, *(value for _, value in row["kl"])], label=label, **look)
-    axis.set(
-        xlabel="iterations trained", ylabel="KL to the first policy\n(k3 estimate, nats per token)", ylim=(0, None)
-    )
+    axis.set(xlabel="iterations trained", title=f"{WORLDS['house'].title}, {seeds(study)} seeds", ylim=(0, None))
+    axis.set(ylabel="KL to the first policy\n(k3 estimate, nats per token)")
     axis.legend()
     axis.grid(alpha=0.3)
     return figure
@@ -107,22 +107,30 @@ def kl() -> Figure:
 def sharpening() -> Figure:
     """Success of the same policies sampled at temperature 1 and at temperature 0, before and after training."""
     worlds = {world: pair for world in WORLDS if (pair := sampled_and_greedy(world))[1].rows}
-    figure = Figure(figsize=(3.2 * len(worlds), 3.4), layout="constrained")
-    axes = figure.subplots(1, len(worlds), sharey=True, squeeze=False)[0]
-    names = {"first": "warm start", **{method: TITLES[method] for pair in PAIRS.values() for method in pair}}
-    for axis, (world, studies) in zip(axes, worlds.items(), strict=True):
+    height = (len(worlds) + 1) // 2
+    figure = Figure(figsize=(8, 3.4 * height), layout="constrained")
+    axes = figure.subplots(height, 2, sharey=True, squeeze=False)
+    names = {"first": "warm\nstart", **{method: TITLES[method] for pair in PAIRS.values() for method in pair}}
+    for axis, (world, studies) in zip(axes.flat, worlds.items(), strict=False):
         for study, label, look in zip(studies, ("sampled", "temperature 0"), looks(), strict=False):
             means = [100 * study.mean(method).mean for method in names]
             errors = [100 * (study.mean(method).high - study.mean(method).mean) for method in names]
             axis.errorbar(range(len(names)), means, errors, capsize=3, label=label, **look | {"linestyle": "none"})
-        axis.set_xticks(range(len(names)), [name.replace(" + ", "\n+ ") for name in names.values()], fontsize=7)
-        seeds = sorted({len(studies[1].of(method)) for method in names})
-        seeds = f"{seeds[0]} to {seeds[-1]}" if len(seeds) > 1 else seeds[0]
-        axis.set(xlabel="policy", title=f"{WORLDS[world].title}, {seeds} seeds", ylim=(0, 100))
+        axis.set_xticks(range(len(names)), [name.replace(" + ", "\n+ ") for name in names.values()])
+        axis.set(title=f"{WORLDS[world].title}, {seeds(studies[1], names)} seeds", ylim=(0, 100))
         axis.grid(alpha=0.3, axis="y")
-    axes[0].set(ylabel="success on held-out tasks, %")
-    axes[0].legend(loc="lower right")
+    for axis in axes.flat[len(worlds) :]:
+        axis.remove()
+    for axis in axes[:, 0]:
+        axis.set(ylabel="success on held-out tasks, %")
+    axes[0, 0].legend(loc="lower right")
     return figure
+
+
+def seeds(study: Study, methods: Iterable[str] = ("grpo", "grpo_empg", "dapo", "dapo_empg")) -> str:
+    """The number of seeds of these methods, such as 20, or 6 to 14 where it differs."""
+    numbers = sorted({len(study.of(method)) for method in methods})
+    return " to ".join(map(str, dict.fromkeys((numbers[0], numbers[-1]))))
 
 
 def labelled(study: Study) -> list[tuple[str, str]]:
@@ -142,14 +150,17 @@ def entropy_change() -> Figure:
     axes = figure.subplots(1, 2)
     percentiles = [100 * (i + 0.5) / BINS for i in range(BINS)]
     for axis, level in zip(axes, ("step", "token"), strict=True):
+
+        def change(row: Row, level: str = level) -> list[float]:
+            return [after - before for before, after in row["entropy_change"][level]]
+
         for (label, method), look in zip(labelled(study), looks(), strict=False):
-            change = lambda row, level=level: [after - before for before, after in row["entropy_change"][level]]  # noqa: E731
             band(axis, percentiles, study.of(method), change, label=label, **look)
         axis.axhline(0, color="black", linewidth=0.8)
         axis.set(
-            xlabel=f"percentile of the {level}'s entropy before training",
+            xlabel=f"percentile of {level} entropy before training",
             ylabel="change of entropy (nats)",
-            title=f"{level}s",
+            title=f"{WORLDS['house'].title}, {level}s, {seeds(study)} seeds",
         )
         axis.grid(alpha=0.3)
     axes[0].legend()
@@ -180,7 +191,7 @@ def proposition() -> Figure:
 
 
 def g_and_f() -> Figure:
-    """g and f against H_norm for several k, above the H_norm that really occurs."""
+    """g and f against H_norm for several k, above the H_norm of the study's steps in House."""
     counts = np.sum([row["norm_entropy"] for row in read_rows("house") if row["method"] == "grpo_empg"], axis=0)
     edges = np.linspace(0, 1, BINS + 1)
     middles = torch.tensor((edges[:-1] + edges[1:]) / 2).repeat_interleave(torch.tensor(counts))[None]
@@ -191,12 +202,12 @@ def g_and_f() -> Figure:
         look = {"color": look["color"], "linestyle": look["linestyle"]}
         scale = gradient_scale(middles, torch.ones_like(middles, dtype=torch.bool), k=k)
         at_zero = float(scale[0, 0]) * np.exp(k * float(middles[0, 0]))  # 1 / mean exp(-k H_norm)
-        g_axis.plot(h, at_zero * np.exp(-k * h), label=f"k = {k:g}", **look)
+        g_axis.plot(h, at_zero * np.exp(-k * h), label=f"k = {k:g}".replace("-", "−"), **look)
         if k > 0:
             f_axis.plot(h, np.exp(-k * h), label=f"k' = {k:g}", **look)
     g_axis.axhline(1, color="black", linewidth=0.8)
-    g_axis.set(ylabel="g(H), dimensionless", title="scale of the step's own advantage")
-    f_axis.set(ylabel="f(H), dimensionless", title="bonus of the step before, times ζ", ylim=(0, 1.05))
+    g_axis.set(ylabel="g(H), dimensionless", title="g scales the step's own advantage")
+    f_axis.set(ylabel="f(H), dimensionless", title="f, bonus of the step before, without ζ", ylim=(0, 1.05))
     for axis in (g_axis, f_axis):
         axis.legend()
         axis.grid(alpha=0.3)
@@ -219,10 +230,11 @@ def sensitivity() -> Figure:
         there = {value: gain for value, gain in gains.items() if gain.seeds}
         means = [100 * gain.mean for gain in there.values()]
         errors = [100 * (gain.high - gain.mean) if gain.seeds > 1 else 0 for gain in there.values()]
-        axis.errorbar(range(len(there)), means, errors, capsize=3, **look)
-        axis.set_xticks(range(len(there)), [f"{value}\n{gain.seeds} seeds" for value, gain in there.items()])
+        axis.errorbar(range(len(there)), means, errors, capsize=3, **look | {"linestyle": "none"})
+        labels = [f"{value}\n{gain.seeds} seeds".replace("-", "−") for value, gain in there.items()]
+        axis.set_xticks(range(len(there)), labels)
         axis.axhline(0, color="black", linewidth=0.8)
-        axis.set(xlabel=f"{name}, dimensionless", ylabel="success minus GRPO's, points")
+        axis.set(xlabel=f"{name}, dimensionless", ylabel="success minus GRPO's, points", title=f"House, {name}")
         axis.grid(alpha=0.3)
     return figure
 
@@ -234,12 +246,12 @@ def credit() -> Figure:
     """
     trained = [row for row in read_credit() if row["algorithm"] == "grpo" and not row["empg"]]
     worlds = {world: rows for world in WORLDS if (rows := [row for row in trained if row["world"] == world])}
-    figure = Figure(figsize=(10, 3.6 * len(worlds)), layout="constrained")
+    figure = Figure(figsize=(8, 3.2 * len(worlds)), layout="constrained")
     for (world, rows), (by_entropy, gains) in zip(
         worlds.items(), figure.subplots(len(worlds), 2, squeeze=False), strict=True
     ):
         for shift, (row, look) in enumerate(zip(rows, looks(), strict=False)):
-            label = f"{row['checkpoint']} iterations, seed {row['seed']}, {100 * row['success']:.0f} % success"
+            label = f"{row['checkpoint']} iterations, seed {row['seed']}: {100 * row['success']:.0f} %"
             fifths = np.array([fifth["credit"] for fifth in row["credit_by_entropy"]])
             errors = np.abs(fifths[:, 1:] - fifths[:, :1]).T
             by_entropy.errorbar(np.arange(1, 6) + 0.06 * shift, fifths[:, 0], errors, capsize=3, label=label, **look)
@@ -249,15 +261,16 @@ def credit() -> Figure:
             places = -np.arange(len(methods)) - 0.15 * shift
             gains.errorbar(values[:, 0], places, xerr=errors, capsize=2, **look | {"linestyle": "none"})
             gains.set_yticks(
-                -np.arange(len(methods)), [fill(TITLES[name].removeprefix("GRPO + "), 18) for name in methods]
+                -np.arange(len(methods)), [fill(TITLES[name].removeprefix("GRPO + "), 23) for name in methods]
             )
-        by_entropy.set(title=f"{WORLDS[world].title}: where the credit is", ylim=(0, None), xticks=range(1, 6))
+        by_entropy.set_ymargin(0.5)  # room for the legend
+        by_entropy.set(title=f"{WORLDS[world].title}: true credit", ylim=(0, None), xticks=range(1, 6))
         by_entropy.set(xlabel="fifth of the steps by entropy, lowest first")
         by_entropy.set(ylabel="true credit of a step\n(root mean square, success)")
         by_entropy.legend(fontsize=8)
         gains.axvline(0, color="black", linewidth=0.8)
         gains.xaxis.set_major_locator(MaxNLocator(5))
-        gains.set(xlabel="correlation with the truth, minus GRPO's", title=f"{WORLDS[world].title}: who finds it")
+        gains.set(xlabel="correlation with true credit, minus GRPO's", title=f"{WORLDS[world].title}: agreement")
         for axis in (by_entropy, gains):
             axis.grid(alpha=0.3)
     return figure
