@@ -10,7 +10,6 @@ This file imports every world. A world imports its large packages only where it 
 import random
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, fields
-from pathlib import Path
 from typing import Any, Protocol
 
 from worlds import alfworld_env, coin, house, search, shop, webshop
@@ -101,20 +100,6 @@ def require_split(name: str, split: str) -> None:
 def held_out_splits(name: str) -> tuple[str, ...]:
     """The splits that are not for training. Raises ValueError for an unknown environment."""
     return _world(name).splits[1:]
-
-
-def fingerprint(env: Env, args: Sequence[str]) -> list:
-    """What tells the training tasks of two environments apart: JSON that changes with the settings, with the files that
-    they name, with the first tasks, and with the worlds' own code."""
-    size = env.size("train")
-    first = [env.reset("train", seed)[0] for seed in range(3 if size is None else min(3, size))]
-    named = [Path(value) for _, found, value in (arg.partition("=") for arg in args) if found and value]
-    files = [
-        file for path in named if path.exists() for file in ([path] if path.is_file() else sorted(path.rglob("*")))
-    ]
-    stats = [(str(file), file.stat().st_size, file.stat().st_mtime_ns) for file in files if file.is_file()]
-    code = [file.read_text() for file in sorted(Path(__file__).parent.glob("worlds/*.py"))]
-    return [sorted(args), size, first, stats, code, Path(__file__).read_text()]
 
 
 def _world(name: str) -> World:

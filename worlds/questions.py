@@ -32,7 +32,7 @@ def encodable(text: str) -> str:
 
 
 def split_of(question: Question) -> str:
-    """A hash of the question decides: about every fifth is in eval. The rest of the file makes no difference."""
+    """The split of a question, by a hash of its text: about one in five is in eval. Other questions do not matter."""
     digest = hashlib.sha256(normalize(question.text).encode(errors="replace")).digest()
     return "eval" if int.from_bytes(digest[:8], "big") % 5 == 0 else "train"
 
@@ -86,7 +86,7 @@ def _context(record: dict) -> Iterator[Passage]:
     context = record.get("context") or []
     pairs = zip(context["title"], context["sentences"], strict=True) if isinstance(context, dict) else context
     for pair in pairs:
-        if not isinstance(pair, list | tuple):  # the two keys of a dict would pass for title and sentences
+        if not isinstance(pair, list | tuple):  # a dict with two keys would be unpacked, too
             raise TypeError("a context is a list of [title, sentences]")
         title, sentences = pair
         text = sentences if isinstance(sentences, str) else " ".join(sentence.strip() for sentence in sentences)
@@ -144,6 +144,6 @@ def _hub_records(source: str) -> Iterable[dict]:
     config, _, split = rest.partition(":")
     try:
         return load_dataset(name, config or None, split=split or "train")
-    except Exception as error:  # no such dataset, no network, a loader script, broken data: all of different classes
+    except Exception as error:  # a wrong name, no network, a loader script, broken data: many types
         reason = str(error).partition("\n")[0]
         raise ValueError(f"{source}: neither a json, jsonl or parquet file nor a dataset ({reason})") from None

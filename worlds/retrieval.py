@@ -27,7 +27,7 @@ from worlds.shop_search import Index
 
 # Asking a server.
 WAITS = (0.0, 0.5, 1.0)  # seconds before each of the attempts for one query
-DOWN_SECONDS = 30  # how long a server that failed is not asked again
+DOWN_SECONDS = 30  # in which a server that failed is not asked again
 MAX_ANSWER = 16 * 2**20  # bytes
 # Being the server.
 MAX_REQUEST = 2**20  # bytes
@@ -37,7 +37,7 @@ BACKLOG = 1024  # connections that may wait to be accepted
 
 @dataclass(frozen=True)
 class Passage:
-    """contents: the title (usually in quotes), a line break, then the text. So are Search-R1's corpora."""
+    """contents: the title (usually in quotes), a line break, then the text, as in Search-R1's corpora."""
 
     id: str
     contents: str
@@ -187,7 +187,7 @@ class HttpRetriever:
         """One attempt. Raises OSError or HTTPException if another one may help, else RetrieverError."""
         connection = self._connection(self._host, self._port, timeout=max(0.001, deadline - time.monotonic()))
         connection.connect()
-        # The timeout of a socket limits the wait for the next byte. The timer limits the time of all of them.
+        # The timeout of a socket limits one read. The timer limits the whole answer.
         timer = Timer(deadline - time.monotonic(), _hang_up, [connection.sock])
         timer.start()
         try:
@@ -291,7 +291,7 @@ def server(retrieve: Retriever, host: str, port: int) -> ThreadingHTTPServer:
             self.wfile.write(body)
 
         def log_message(self, *args):
-            """A line for every query would hide everything else."""
+            """Nothing: a line for every query would hide all other output."""
 
     class Server(ThreadingHTTPServer):
         request_queue_size = BACKLOG

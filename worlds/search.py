@@ -96,7 +96,7 @@ def f1(text: str, answers: tuple[str, ...]) -> float:
 
 @dataclass(frozen=True)
 class Library:
-    """What is loaded once and shared by all environments of a configuration."""
+    """Questions and their retriever. Loaded once, and shared by all environments of a configuration."""
 
     questions: dict[str, list[Question]]  # by split
     retrieve: Retriever
@@ -104,7 +104,7 @@ class Library:
 
 @lru_cache(maxsize=2)
 def open_library(config: SearchConfig) -> Library:
-    """Loads or makes it. Raises ValueError for files that cannot be used, and for a server that does not answer."""
+    """The library of a configuration. Raises ValueError for a file that cannot be used, or a server that does not answer."""
     if config.corpus and not config.questions:
         raise ValueError("a corpus without questions: give both, it does not answer those of the made-up world")
     if config.questions:
@@ -185,8 +185,8 @@ class Search:
     def oracle(self) -> tuple[str, str]:
         """(thought, action) of a player that knows the solution.
 
-        In the made-up world it searches for the first fact of the solution that it has not seen. A real question comes
-        without these facts: it searches for the whole question once, then gives the answer.
+        In the made-up world it searches for the first fact of the solution that it has not seen. Real questions have no
+        such facts. For these it searches for the whole question once, then answers.
         """
         question, known = self.question, ""
         if not question.hops and len(self.seen) == 1 and self.steps == 0:

@@ -169,7 +169,8 @@ class Shop(Customer):
             return ["search"] if self.page == "search" else []
         values = ["back to search"]
         if self.page == "results":
-            values += ["< prev"] * (self.number > 1) + ["next >", *(asin.lower() for asin in self.shown())]
+            values += ["< prev"] if self.number > 1 else []
+            values += ["next >", *(asin.lower() for asin in self.shown())]
         else:
             values.append("< prev")
         if self.page == "item":
@@ -245,7 +246,7 @@ class Shop(Customer):
         return "Not on this page.", "click[next >]" if place >= self.number * PER_PAGE else "click[< prev]"
 
     def _query(self) -> str:
-        """Words that find a product that fits: those of the goal, else the title or all texts of its own product."""
+        """Words that find a fitting product: the goal's, else the title or all texts of the goal's own product."""
         if not self._words:
             item = self.catalogue.products[self.goal.asin]
             values = [option if isinstance(option, str) else option[1] for option in self.goal.options]
@@ -256,8 +257,8 @@ class Shop(Customer):
         return self._words
 
     def _fit(self, asin: str) -> dict[str, str] | None:
-        """Options (name -> value) with which this product scores 1, None if it cannot. For the goal's own product: the
-        best options in any case."""
+        """Options (name -> value) with which this product scores 1, else None. The goal's own product always gets its
+        best options."""
         if asin not in self._fitting:
             item = self.catalogue.products[asin]
             chosen = choose_options(item.options, self.goal.options)

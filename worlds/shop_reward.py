@@ -52,7 +52,7 @@ def option_core(option: str | tuple[str, str]) -> str | tuple[str, str]:
 
 
 def choose_options(options: dict[str, Iterable[str]], wanted: Iterable[str | tuple[str, str]]) -> dict[str, str]:
-    """For each wanted option the product's closest value that counts as it: name -> value."""
+    """name -> value: for each wanted option the closest of the product's values, if one is `alike`."""
     chosen = {}
     for want in wanted:
         exact = want if isinstance(want, str) else want[1]

@@ -50,8 +50,8 @@ class ShopConfig:
 
 
 def split_range(goals: int, split: str) -> range:
-    """Numbers of the goals of a split. WebShop's own are test 0-499, eval 500-1499, train 1500 and up; with fewer than
-    3000 goals, test gets a sixth, eval a third and train half. Raises ValueError for an unknown split."""
+    """The numbers of a split's goals: in WebShop test has 0-499, eval 500-1499, train the rest. With fewer than 3000
+    goals, test gets a sixth, eval a third, train half. Raises ValueError for an unknown split."""
     if split not in SPLITS:
         raise ValueError(f"unknown split {split!r}; webshop has {', '.join(SPLITS)}")
     test, evaluation = min(500, goals // 6), min(1500, goals // 2)
@@ -102,7 +102,7 @@ def search_text(text: str) -> str:
 
 
 class Customer:
-    """What `Shop` and the adapter to the real WebShop share: tasks, valid actions, reward, the step limit.
+    """What `Shop` and `WebShopAdapter` share: number of tasks, valid actions, reward, step limit.
 
     A subclass has goals (a list), task_type, steps, score and terminated, and the methods reset, observation,
     clickables and _act.
@@ -234,8 +234,8 @@ class WebShopAdapter(Customer):
         return offered(self.clickables(), (self.goal["instruction_text"], self.goal["query"]))
 
     def oracle(self) -> tuple[str, str]:
-        """(thought, action) of a player that knows the wanted product and searches for its title. It succeeds where
-        that product does: some real goals ask for what their own product does not have."""
+        """(thought, action) of a player that knows the wanted product and searches for its title. It always buys that
+        product. This scores less than 1 if the goal asks for an option that its own product lacks, as some do."""
         asin, session, values = self.goal["asin"], self.server.user_sessions[self.env.session], self.clickables()
         if "search" in values:
             words = search_text(self.goal["name"])

@@ -115,7 +115,7 @@ def test_server_speaks_both_dialects_and_the_client_one_of_them():
         (b" " * 2**25, "a request has at most 1048576 bytes, got 33554432"),
     ],
 )
-def test_server_refuses_nonsense_and_goes_on(content, message):
+def test_server_refuses_nonsense_and_keeps_serving(content, message):
     with running(retrieval.server(Bm25([Passage("0", "bo")] * 1000), "127.0.0.1", 0)) as url:
         status, answer = ask(url, content)
         assert (status, list(answer)) == (400, ["error"])
