@@ -1,13 +1,13 @@
-"""Where the time and the memory go: rollout against the usual generate loop, EMPG's share, log-prob and entropy.
+"""Speed and memory: rollout against the usual `generate` loop, EMPG's share, TRL's trainer, log-probs, the worlds.
 
-    python bench.py                 everything, a few minutes on two cores; prints a table and writes bench.json
-    python bench.py --only memory   one part of rollout, empg, trl, memory, head, worlds
-    python bench.py --only sampler  a model of 34 million random weights: the sampler against the generate loop
-    python bench.py --only gpu      Qwen2.5-1.5B's shape on a GPU: the same, and shares of the machine's limits
-    python bench.py --only trl      an iteration against TRL's own (pip install -r requirements-trl.txt)
-    python bench.py --only worlds --data games    ALFWorld too, on the games in that folder
+    python -m tools.bench                    everything, a few minutes on two cores; also writes bench.json
+    python -m tools.bench --only rollout     one part of rollout, empg, trl, head, worlds
+    python -m tools.bench --only sampler     34 million random weights: the sampler against the `generate` loop
+    python -m tools.bench --only gpu         Qwen2.5-1.5B's shape on a GPU: the same, and shares of the machine's limits
+    python -m tools.bench --only trl         an iteration against TRL's own (pip install -r requirements-trl.txt)
+    python -m tools.bench --only worlds --data games    ALFWorld too, on the games in that folder
 
-Speeds are compared as ratios of medians, the two sides measured in turns: absolute numbers depend on the machine.
+Speeds depend on the machine, so two sides are compared by the ratio of their medians. They are measured in turns.
 """
 
 import importlib.util
@@ -17,7 +17,7 @@ import os
 import resource
 import statistics
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
@@ -29,12 +29,12 @@ from accelerate import Accelerator
 from transformers import PrinterCallback, ProgressCallback, TrainerCallback
 
 from config import TrainConfig, parse_config
-from empg import group_advantages, modulate, spread, step_entropy, token_logp_and_entropy
+from engine.ranks import start_ranks
 from engine.scorer import ScoringHead
-from envs import ENVIRONMENTS, make_envs
+from envs import ENVIRONMENTS, Env, make_envs
 from episode import Task, collate
-from eval import start_ranks
-from groups import train_task
+from imitate import first_policy
+from rollout import train_task
 from tools.bench_rollout import (
     LARGE,
     SMALL,
@@ -44,25 +44,25 @@ from tools.bench_rollout import (
     measure_sampler,
     our_rollout,
     random_policy,
+    step_advantage,
 )
-from train import first_policy, learn, prepare
-from update import Learner
+from train import prepare
+from update import Learner, update
 
 
 @dataclass(frozen=True)
 class BenchConfig:
     """Measure speed and memory."""
 
-    only: Literal["all", "rollout", "empg", "trl", "memory", "head", "worlds", "sampler", "gpu"] = field(
+    only: Literal["all", "rollout", "empg", "trl", "head", "worlds", "sampler", "gpu"] = field(
         default="all", metadata={"help": "part to measure; all: without sampler and gpu"}
     )
     policy: str = field(default="tiny", metadata={"help": "folder or hub id; tiny: the warm start of the default run"})
-    environments: int = field(default=64, metadata={"help": "House worlds that are played at once"})
-    repeats: int = field(default=5, metadata={"help": "measurements of each side, of which the median counts"})
-    tokens: int = field(default=4096, metadata={"help": "memory: tokens"})
+    environments: int = field(default=64, metadata={"help": "House environments that are played in parallel"})
+    repeats: int = field(default=5, metadata={"help": "measurements of each side; their median counts"})
     head_tokens: int = field(default=8192, metadata={"help": "head: tokens; plain code takes 2 MiB for each"})
-    vocabulary: int = field(default=151_936, metadata={"help": "memory, head: size of the vocabulary; that of Qwen2.5"})
-    threads: int = field(default=0, metadata={"help": "rollout, empg and trl: threads on the CPU; 0: all cores"})
+    vocabulary: int = field(default=151_936, metadata={"help": "head: size of the vocabulary; that of Qwen2.5"})
+    threads: int = field(default=0, metadata={"help": "threads on the CPU; 0: all cores"})
     worlds: int = field(default=128, metadata={"help": "worlds: environments that take turns in one process"})
     data: str = field(default="", metadata={"help": "worlds: folder of ALFWorld games; default: ALFWorld is left out"})
     out: str = field(default="bench.json", metadata={"help": "file for the result"})
@@ -71,37 +71,29 @@ class BenchConfig:
 # ------------------------------------------------------------------------------------------------------------ EMPG
 
 
-def measure_empg(bench: BenchConfig, config: TrainConfig, learner: Learner) -> dict:
-    """What EMPG adds to an iteration: advantages, step entropy, modulation and spreading, over sampling plus update."""
-    envs, policy = make_envs(config.env, config.settings, bench.environments), learner.policy
+def measure_empg(bench: BenchConfig, config: TrainConfig, learner: Learner) -> dict[str, float]:
+    """EMPG's share of an iteration: group advantage, step entropy and modulation against sampling and update."""
+    envs = make_envs(config.env, config.env_args, bench.environments)
     number = config.tasks_per_iteration * config.group_size
-    tasks = [Task(config.env, "train", seed // config.group_size) for seed in range(number)]
-    sample, modulation, learning = [], [], []
+    tasks = [Task(config.env, "train", episode // config.group_size) for episode in range(number)]
+    seconds = {"sampling": [], "advantage and modulation": [], "update": []}
     for repeat in range(bench.repeats + 1):
-        seconds, episodes = clock(lambda seed=repeat: our_rollout(policy, envs, tasks, config, seed))
-        batch = collate(episodes, policy.device)
-
-        def token_advantage(batch=batch):
-            advantage = group_advantages(batch.reward, config.group_size)
-            return spread(modulate(advantage, *step_entropy(batch.token_entropy, batch.step_ids)), batch.step_ids)
-
-        sample.append(seconds)
-        modulation.append(clock(token_advantage)[0])
-        learning.append(clock(lambda b=batch, i=repeat: learn(config, learner, b, i))[0])
-    sample, modulation, learning = (statistics.median(values[1:]) for values in (sample, modulation, learning))
-    return {
-        "sampling, seconds": sample,
-        "advantage and modulation, seconds": modulation,
-        "advantage, modulation and update, seconds": learning,
-        "EMPG's share of an iteration": modulation / (sample + learning),
-    }
+        sampling, episodes = clock(our_rollout, learner.policy, envs, tasks, config, repeat)
+        batch = collate(episodes, learner.policy.device)
+        modulating, advantage = clock(step_advantage, config, batch)
+        updating, _ = clock(update, config, learner, batch, advantage, repeat)
+        for values, value in zip(seconds.values(), (sampling, modulating, updating), strict=True):
+            values.append(value)
+    result = {f"{name}, seconds": statistics.median(values[1:]) for name, values in seconds.items()}
+    share = result["advantage and modulation, seconds"] / sum(result.values())
+    return result | {"EMPG's share of an iteration": share}
 
 
 # ------------------------------------------------------------------------------------------------------------- TRL
 
 
 class InTurns(TrainerCallback):
-    """Measures every iteration of TRL's trainer, and calls `ours` after each. `steps`: optimizer steps of one."""
+    """Times every iteration of TRL's trainer, and calls `ours` after it.  steps: optimizer steps of an iteration."""
 
     def __init__(self, steps: int, ours: Callable[[int], None]):
         self.steps, self.ours, self.seconds = steps, ours, []
@@ -116,30 +108,32 @@ class InTurns(TrainerCallback):
             self.ours(state.global_step // self.steps - 1)
 
 
-def measure_trl(bench: BenchConfig, config: TrainConfig, accelerator: Accelerator, make_trainer: Callable) -> dict:
+def measure_trl(
+    bench: BenchConfig, config: TrainConfig, accelerator: Accelerator, make_trainer: Callable
+) -> dict[str, float]:
     """An iteration of TRL's own GRPOTrainer and agent loop against one of ours, which also modulates.
 
-    Both play the same tasks with the same limits, and update with the same batches. The learning rate is next to
-    nothing, so both sample from the same policy all the time and their episodes are of the same length.
+    Both play the same tasks with the same limits, and update with batches of the same size. The learning rate is almost
+    0. So both sample from the same policy all the time, and their episodes are of the same length.
 
     make_trainer: as in examples/trl_empg.py, but for the plain GRPOTrainer.
     """
     config = replace(config, iterations=bench.repeats + 1, learning_rate=1e-12)
     number = config.tasks_per_iteration * config.group_size
-    envs = make_envs(config.env, config.settings, number)
+    envs = make_envs(config.env, config.env_args, number)
     learner, _ = prepare(config, accelerator, envs[0])
     ours, tokens = [], []
 
-    def our_iteration(iteration: int) -> None:
+    def iterate(iteration: int) -> int:
         first = iteration * config.tasks_per_iteration
-        tasks = [train_task(config, None, first + episode // config.group_size) for episode in range(number)]
+        numbers = [first + episode // config.group_size for episode in range(number)]
+        tasks = [train_task(config.env, None, config.seed, task) for task in numbers]
+        batch = collate(our_rollout(learner.policy, envs, tasks, config, iteration), learner.policy.device)
+        update(config, learner, batch, step_advantage(config, batch), iteration)
+        return int(batch.mask.sum())
 
-        def work() -> int:
-            batch = collate(our_rollout(learner.policy, envs, tasks, config, iteration), learner.policy.device)
-            learn(config, learner, batch, iteration)
-            return int(batch.mask.sum())
-
-        seconds, sampled = clock(work)
+    def our_iteration(iteration: int) -> None:
+        seconds, sampled = clock(iterate, iteration)
         ours.append(seconds)
         tokens.append(sampled)
 
@@ -161,71 +155,21 @@ def measure_trl(bench: BenchConfig, config: TrainConfig, accelerator: Accelerato
     }
 
 
-# ---------------------------------------------------------------------------------------------------------- memory
-
-
-def plain_logp_and_entropy(logits: torch.Tensor, ids: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """The same numbers from the full vocabulary at once."""
-    log_p = logits.float().log_softmax(-1)
-    return log_p.gather(-1, ids[..., None]).squeeze(-1), -(log_p.exp() * log_p).sum(-1)
-
-
-def measure_one(name: str, backward: bool, tokens: int, vocabulary: int) -> tuple[float, float]:
-    """Peak memory beyond the logits in bytes, and seconds, of one version; to be called in a process of its own."""
-    function = {"chunked": token_logp_and_entropy, "plain": plain_logp_and_entropy}[name]
-    device = "cuda" if torch.cuda.is_available() else "cpu"
-    logits = torch.randn(1, tokens, vocabulary, device=device, requires_grad=backward)
-    ids = torch.randint(vocabulary, (1, tokens), device=device)
-
-    def work():
-        logp, _ = function(logits, ids)
-        if backward:
-            logp.sum().backward()
-
-    function(logits[:, :8], ids[:, :8])  # what only a first call loads is not counted
-    before = peak_memory(device)
-    seconds, _ = clock(work)
-    return peak_memory(device) - before, seconds
+# ------------------------------------------------------------------------------------------------------------ head
 
 
 def peak_memory(device: str) -> float:
-    """Bytes, the most so far of this process."""
+    """Bytes: the most that this process took so far."""
     if device == "cuda":
         return torch.cuda.max_memory_allocated()
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
 
 
-def measure_memory(bench: BenchConfig) -> dict:
-    """Forward alone, and forward with backward; in the latter both versions also write the gradient of the logits."""
-    result, spawn = {}, multiprocessing.get_context("spawn")
-    for label, backward in (("forward", False), ("forward and backward", True)):
-        runs = {"chunked": [], "plain": []}
-        for _ in range(min(3, bench.repeats)):
-            for name, measured in runs.items():
-                with spawn.Pool(1) as pool:
-                    measured.append(pool.apply(measure_one, (name, backward, bench.tokens, bench.vocabulary)))
-        memory, seconds = (
-            {name: statistics.median(run[i] for run in measured) for name, measured in runs.items()} for i in (0, 1)
-        )
-        for name in runs:
-            result[f"{label}, {name}: MiB beyond the logits"] = memory[name] / 2**20
-        gradient = bench.tokens * bench.vocabulary * 4 if backward else 0
-        result[f"{label}: memory, chunked over plain"] = memory["chunked"] / memory["plain"]
-        if backward:
-            without = {name: max(0, value - gradient) for name, value in memory.items()}
-            result[f"{label}, beyond logits and their gradient: chunked over plain"] = (
-                without["chunked"] / without["plain"]
-            )
-        result[f"{label}: time, chunked over plain"] = seconds["chunked"] / seconds["plain"]
-    return result
-
-
-# ------------------------------------------------------------------------------------------------------------ head
-
-
 def head_once(name: str, tokens: int, vocabulary: int, size: int = 1536) -> tuple[float, float]:
-    """Peak memory beyond weight and hidden states in bytes, and seconds, of the head's forward and backward pass; to be
-    called in a process of its own. size: of a hidden state; Qwen2.5-1.5B's by default."""
+    """Peak memory beyond weight and hidden states in bytes, and seconds, of the head's forward and backward pass.
+
+    To be called in a new process.  name: scorer or plain.  size: width of a hidden state; Qwen2.5-1.5B's by default.
+    """
     device, dtype = ("cuda", torch.bfloat16) if torch.cuda.is_available() else ("cpu", torch.float32)
 
     def work(tokens: int, vocabulary: int) -> tuple[float, float]:
@@ -244,17 +188,17 @@ def head_once(name: str, tokens: int, vocabulary: int, size: int = 1536) -> tupl
         seconds, _ = clock(step)
         return peak_memory(device) - before, seconds
 
-    work(8, 8)  # what only a first call loads is not counted
+    work(8, 8)  # the first call loads libraries, which are not counted
     return work(tokens, vocabulary)
 
 
-def measure_head(bench: BenchConfig, config: TrainConfig, learner: Learner) -> dict:
+def measure_head(bench: BenchConfig, config: TrainConfig, learner: Learner) -> dict[str, float]:
     """lm_head in an update: rows that it computes on House episodes, and memory and time against plain code."""
-    envs, rows = make_envs(config.env, config.settings, bench.environments), []
-    tasks = [Task(config.env, "train", seed // config.group_size) for seed in range(bench.environments)]
+    envs, rows = make_envs(config.env, config.env_args, bench.environments), []
+    tasks = [Task(config.env, "train", episode // config.group_size) for episode in range(bench.environments)]
     batch = collate(our_rollout(learner.policy, envs, tasks, config, 0), learner.policy.device)
     learner.policy.model.lm_head.register_forward_hook(lambda head, args, output: rows.append(len(args[0])))
-    learn(config, learner, batch, 0)
+    update(config, learner, batch, step_advantage(config, batch), 0)
     result = {"lm_head rows over sampled tokens": sum(rows) / int(batch.mask.sum())}
     runs = {"scorer": [], "plain": []}
     for _ in range(min(3, bench.repeats)):
@@ -271,22 +215,25 @@ def measure_head(bench: BenchConfig, config: TrainConfig, learner: Learner) -> d
 # ---------------------------------------------------------------------------------------------------------- worlds
 
 
-def measure_worlds(bench: BenchConfig) -> dict:
-    """Median time of a step of the random player in every world, and the memory of many that take turns."""
+def measure_worlds(bench: BenchConfig) -> dict[str, float]:
+    """Median time of a step of the random player in every world, and the memory of many environments of one process."""
     result = {}
     for name in ENVIRONMENTS:
-        if name == "alfworld" and not bench.data:
-            continue
+        settings = []
+        if name == "alfworld":
+            if not bench.data:
+                continue
+            settings = [f"data={bench.data}"]
         before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss  # KiB
-        envs, rng, seconds = make_envs(name, [f"data={bench.data}"] * (name == "alfworld"), bench.worlds), Random(0), []
+        envs, rng, seconds = make_envs(name, settings, bench.worlds), Random(0), []
         size = envs[0].size("train") or bench.worlds
         for number, env in enumerate(envs):
             env.reset("train", number % size)
         for number in range(10 * bench.worlds):
             env = envs[number % bench.worlds]
-            took, answer = clock(lambda env=env: env.step(rng.choice(env.admissible())))  # noqa: B023
+            took, (_, _, terminated, truncated, _) = clock(random_step, env, rng)
             seconds.append(took)
-            if answer[2] or answer[3]:
+            if terminated or truncated:
                 env.reset("train", number % size)
         result[f"{name}: ms a step, median"] = 1000 * statistics.median(seconds)
         memory = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before
@@ -294,43 +241,55 @@ def measure_worlds(bench: BenchConfig) -> dict:
     return result
 
 
+def random_step(env: Env, rng: Random) -> tuple:
+    return env.step(rng.choice(env.admissible()))
+
+
 # ---------------------------------------------------------------------------------------------------------- output
 
 
-def main() -> None:
-    bench = parse_config(BenchConfig)
-    config = TrainConfig(policy=bench.policy, out="out/bench")
-    result = {}
+def measure(bench: BenchConfig) -> Iterator[dict[str, float]]:
+    """The figures of the parts that are asked for, as soon as each is there."""
     if bench.only in ("all", "worlds"):  # first: memory is counted from its highest point so far
-        result |= measure_worlds(bench)
-    if bench.only in ("all", "rollout", "empg", "trl", "head"):
-        accelerator = start_ranks(bench.threads)
-        learner, _ = prepare(config, accelerator, make_envs(config.env, config.settings, 1)[0])
-        if bench.only in ("all", "rollout"):
-            result |= measure_rollout(config, learner.policy, bench.environments, bench.repeats)
-        if bench.only in ("all", "empg"):
-            result |= measure_empg(bench, config, learner)
-        if bench.only in ("all", "head"):
-            result |= measure_head(bench, config, learner)
-        if bench.only in ("all", "trl"):
-            if importlib.util.find_spec("trl") is None:
-                print("the comparison with TRL is left out; it needs: pip install -r requirements-trl.txt")
-            else:
-                from examples.trl_empg import GRPOTrainer, make_trainer
-
-                result |= measure_trl(bench, config, accelerator, partial(make_trainer, trainer=GRPOTrainer))
+        yield measure_worlds(bench)
+    if bench.only in ("all", "rollout", "empg", "head", "trl"):
+        yield from measure_training(bench)
     if bench.only == "sampler":
         torch.set_num_threads(bench.threads or os.cpu_count())
-        result |= measure_sampler(SMALL, random_policy(SMALL, "cpu"), bench.repeats)
+        yield from measure_sampler(SMALL, random_policy(SMALL.shape), bench.repeats)
     if bench.only == "gpu":
         if not torch.cuda.is_available():
             raise SystemExit("--only gpu needs a GPU, and torch sees none here")
-        result |= measure_gpu(LARGE, bench.repeats)
-    if bench.only in ("all", "memory"):
-        result |= measure_memory(bench)
-    for name, value in result.items():
-        print(f"{name:75} {value:12.4g}")
-    Path(bench.out).write_text(json.dumps(result, indent=1) + "\n")
+        yield from measure_gpu(LARGE, bench.repeats)
+
+
+def measure_training(bench: BenchConfig) -> Iterator[dict[str, float]]:
+    """The parts that play and train the policy of the default run."""
+    config = TrainConfig(policy=bench.policy, out="out/bench")
+    accelerator = start_ranks(bench.threads)
+    learner, _ = prepare(config, accelerator, make_envs(config.env, config.env_args, 1)[0])
+    if bench.only in ("all", "rollout"):
+        yield measure_rollout(config, learner.policy, bench.environments, bench.repeats)
+    if bench.only in ("all", "empg"):
+        yield measure_empg(bench, config, learner)
+    if bench.only in ("all", "head"):
+        yield measure_head(bench, config, learner)
+    if bench.only in ("all", "trl"):
+        if importlib.util.find_spec("trl") is None:
+            print("the comparison with TRL is left out; it needs: pip install -r requirements-trl.txt")
+            return
+        from examples.trl_empg import GRPOTrainer, make_trainer
+
+        yield measure_trl(bench, config, accelerator, partial(make_trainer, trainer=GRPOTrainer))
+
+
+def main() -> None:
+    bench, result = parse_config(BenchConfig), {}
+    for figures in measure(bench):
+        for name, value in figures.items():
+            print(f"{name:75} {value:12.4g}", flush=True)
+        result |= figures
+        Path(bench.out).write_text(json.dumps(result, indent=1) + "\n")
 
 
 if __name__ == "__main__":

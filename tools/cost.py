@@ -93,10 +93,8 @@ def _update_memory(config: TrainConfig, shape: Shape, compute: int) -> dict[str,
         weights = 0
     tokens = max(config.micro_batch_tokens, config.max_tokens)  # an episode longer than the budget goes alone
     layer = sum(a * b for a, b in zip(KEPT[compute], (shape.width, shape.inner, shape.keys), strict=True))
-    if config.gradient_checkpointing:  # keeps the input of each layer, in float32, and one layer in full
-        kept = 4 * shape.width * shape.layers + layer
-    else:
-        kept = layer * shape.layers
+    # Gradient checkpointing keeps the input of each layer, in float32, and one layer in full.
+    kept = 4 * shape.width * shape.layers + layer if config.gradient_checkpointing else layer * shape.layers
     logits = 8 * min(CHUNK_ELEMENTS, tokens * shape.vocabulary)
     head_gradient = (4 + compute) * shape.width * shape.vocabulary
     return {"weights to compute with": weights, "activations": tokens * kept, "head": logits + head_gradient}

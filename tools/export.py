@@ -1,9 +1,9 @@
-"""A finished run as a folder to publish: the policy, its tokenizer, and a model card with the run's own numbers.
+"""A finished run as a folder to publish: the policy, its tokenizer, and a model card with the run's numbers.
 
-    python export.py out/house           the last policy, to out/house/export
-    python export.py out/house --best    the one with the best evaluation
+    python -m tools.export out/house           the last policy, to out/house/export
+    python -m tools.export out/house --best    the policy with the best evaluation
 
-Nothing is sent. `hf upload OWNER/NAME out/house/export` does that, or `HfApi().upload_folder`.
+Nothing is uploaded. `hf upload OWNER/NAME out/house/export` does that, or `HfApi().upload_folder`.
 """
 
 import argparse
@@ -19,14 +19,14 @@ from config import TrainConfig
 from engine.checkpoint import CHECKSUMS, CheckpointError, checkpoint_path, verify_checkpoint
 from eval import table
 
-OF_TRAINING = {"optimizer.pt", "state.json", CHECKSUMS}  # files of a checkpoint that a reader of the policy needs not
+OF_TRAINING = {"optimizer.pt", "state.json", CHECKSUMS}  # files of a checkpoint that only training needs
 
 TEXT = """
 # {title}
 
 A language model that acts in the text world `{env}`. In every step it writes a line `Thought:` and a line `Action:`,
-and reads what the world answers. It was trained from {base} with {method}. It is the policy after iteration {iteration}
-of {iterations}, {choice}.
+and reads the observation. It was trained from {base} with {method}. It is the policy after iteration {iteration} of
+{iterations}, {choice}.
 
 ## Evaluation
 
@@ -48,23 +48,23 @@ All settings:
 ## Use
 
 `AutoModelForCausalLM.from_pretrained` and `PreTrainedTokenizerFast.from_pretrained` open this folder. The first turn of
-the chat is the world's instructions as system text, the second its first observation. At most {max_step_tokens} tokens
-a response and {max_tokens} tokens an episode were seen in training.
+the chat is the system turn with the world's instructions. The second is the first observation. In training a response
+had at most {max_step_tokens} tokens, and an episode at most {max_tokens}.
 
 ## Limits
 
-- Trained and evaluated in one world. Nothing is known about others, or about other texts.
-- One run with one seed. The interval is over tasks; another seed gives another policy.
+- It was trained and evaluated in one world. Nothing is known about other worlds or other texts.
+- This is one run with one seed. The interval is over tasks. Another seed gives another policy.
 - {selection}
-- The reward is the outcome alone. Thoughts were not judged, and need not be the reason for an action.
-- What the model that it was trained from says or does wrong, it can say or do too; that model's licence holds.
+- The reward is the outcome of an episode. Thoughts got no reward, and need not be the reason for an action.
+- It can repeat the errors of the model that it was trained from. That model's licence holds.
 """
 
-CHOSEN = "It was chosen by this very evaluation among those of the run, so its number is too high on average."
+CHOSEN = "It was chosen by this evaluation among the policies of the run, so its number is too high on average."
 
 
 def export(run: Path, best: bool = False, licence: str = "") -> Path:
-    """Write RUN/export and return it. Raises CheckpointError if the run is not finished or its policy is damaged."""
+    """Write RUN/export and return it. Raises CheckpointError if the run is unfinished or the policy damaged."""
     try:
         about, result = (json.loads((run / name).read_text()) for name in ("config.json", "result.json"))
     except (OSError, ValueError) as error:
@@ -83,9 +83,9 @@ def export(run: Path, best: bool = False, licence: str = "") -> Path:
 
 
 def model_card(about: dict, result: dict, best: bool, licence: str) -> ModelCard:
-    """The card: metadata that the hub reads, and text.
+    """The card: text, and metadata that the hub reads.
 
-    about: config.json of the run.  result: its result.json.  licence: "" is MIT for the tiny model, else "other".
+    about: config.json of the run.  result: its result.json.  licence: "" stands for MIT (tiny model) or "other".
     """
     config, summary = about["config"], result["best" if best else "after"]
     settings, base, tiny = TrainConfig(**config), config["policy"], config["policy"] == "tiny"
@@ -126,14 +126,14 @@ def model_card(about: dict, result: dict, best: bool, licence: str) -> ModelCard
         "commit": about["git"] or "unknown",
         "command": block(shlex.join(["python", *about["argv"]])),
         "settings": block(json.dumps(config, indent=1)),
-        "selection": CHOSEN if best else "The number is of the last policy of the run, which was not chosen by it.",
+        "selection": CHOSEN if best else "The number is of the last policy of the run. No evaluation chose it.",
     }
     text = TEXT.format(**config | summary | words)
     return ModelCard(f"---\n{data.to_yaml()}\n---\n{text}")
 
 
 def hub_id(policy: str) -> str | None:
-    """The policy if it can be a model on the hub; None for a folder, for the tiny model, for any other text."""
+    """The policy if it can be the name of a model on the hub, else None."""
     try:
         validate_repo_id(policy)
     except HFValidationError:
@@ -142,20 +142,19 @@ def hub_id(policy: str) -> str | None:
 
 
 def block(text: str) -> str:
-    """The text as an indented block, in which Markdown reads nothing."""
+    """The text as an indented block, which Markdown shows as it is."""
     return "\n".join(f"    {line}" for line in text.splitlines())
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description="Write RUN/export: a finished run's policy with a model card.")
+    parser = argparse.ArgumentParser(
+        prog="python -m tools.export", description="Write RUN/export: a finished run's policy with a model card."
+    )
     parser.add_argument("run", type=Path, help="folder of the run")
     parser.add_argument("--best", action="store_true", help="the policy with the best evaluation, not the last one")
     parser.add_argument("--license", default="", help="for the card; default: mit for the tiny model, else other")
     options = parser.parse_args()
-    try:
-        folder = export(options.run, options.best, options.license)
-    except CheckpointError as error:
-        raise SystemExit(str(error)) from error
+    folder = export(options.run, options.best, options.license)
     print(f"{folder} is ready; to publish it: hf upload OWNER/NAME {shlex.quote(str(folder))}")
 
 

@@ -2,6 +2,8 @@
 
 import os
 import subprocess
+import sys
+from collections.abc import Iterable
 from dataclasses import replace
 from pathlib import Path
 
@@ -14,7 +16,7 @@ from transformers import AutoModelForCausalLM, LlamaConfig, Qwen2Config
 from config import TrainConfig, parse_config
 from engine.scorer import make_scorable
 from policy import PolicyError
-from tools import cost
+from tools import bench_scale, cost
 from update import make_learner
 
 ROOT = Path(__file__).parents[2]
@@ -95,7 +97,10 @@ def test_weights_gradients_and_moments_are_what_a_learner_allocates(house_policy
     for parameter in model.parameters():
         parameter.grad = torch.zeros_like(parameter)
     learner.optimizer.step()
-    size = lambda tensors: sum(tensor.numel() * tensor.element_size() for tensor in tensors)  # noqa: E731
+
+    def size(tensors: Iterable[torch.Tensor]) -> int:
+        return sum(tensor.numel() * tensor.element_size() for tensor in tensors)
+
     moments = [part[name] for part in learner.optimizer.state.values() for name in ("exp_avg", "exp_avg_sq")]
     always = cost.memory(settings, cost.shape_of(model.config), 1, 4)["always"]
     assert always == {
@@ -127,22 +132,23 @@ def test_arithmetic_of_an_update_is_what_pytorch_counts():
     with FlopCounterMode(display=False) as counter:
         logp = model(input_ids=ids, sampled=sampled.expand(2, 48))
         logp.sum().backward()
-    work = cost.Work(episodes=2, group=2, opening=2, turns=12, sampled=2, inserted=2)
-    machine = cost.Machine(layer=0, decode=1, update=1)
-    parts = cost.seconds(cost.shape_of(config), work, machine, TrainConfig())
+    work = bench_scale.Work(episodes=2, group=2, prompt=2, turns=12, sampled=2, inserted=2)
+    machine = bench_scale.Machine(layer=0, decode=1, update=1)
+    parts = bench_scale.seconds(cost.shape_of(config), work, machine, TrainConfig())
     assert parts["update"] == pytest.approx(counter.get_total_flops(), rel=0.05)
-    assert parts["read"] == pytest.approx(2 * cost.shape_of(config).body * (2 + 2 * 22))  # the opening once for both
+    assert parts["read"] == pytest.approx(2 * cost.shape_of(config).body * (2 + 2 * 22))  # the prompt once for both
     assert parts["decode"] == 24 * 2 * (cost.shape_of(config).body + 128 * 512) * 2
 
 
 def test_the_slower_of_arithmetic_and_memory_sets_the_decode_step_and_links_add_up():
-    shape, work = cost.shape_of(model_config(Qwen2Config, 64, 192, 2, 4, 2, 500, True)), cost.Work(4, 4, 20, 3, 10, 20)
-    slow = cost.Machine(layer=0, decode=1e30, update=1, bandwidth=10)
+    shape = cost.shape_of(model_config(Qwen2Config, 64, 192, 2, 4, 2, 500, True))
+    work = bench_scale.Work(episodes=4, group=4, prompt=20, turns=3, sampled=10, inserted=20)
+    slow = bench_scale.Machine(layer=0, decode=1e30, update=1, bandwidth=10)
     cache = 2 * 2 * 32 * 4 * 4 * 45  # keys and values, layers, width, bytes, episodes, half of the length
     weights = 4 * shape.parameters - 4 * (shape.parameters - shape.body - 64 * 500)
-    assert cost.seconds(shape, work, slow, TrainConfig())["decode"] == pytest.approx(30 * (weights + cache) / 10)
+    assert bench_scale.seconds(shape, work, slow, TrainConfig())["decode"] == pytest.approx(30 * (weights + cache) / 10)
     linked = replace(slow, link=100)
-    alone, two = (cost.seconds(shape, work, linked, TrainConfig(), ranks) for ranks in (1, 2))
+    alone, two = (bench_scale.seconds(shape, work, linked, TrainConfig(), ranks) for ranks in (1, 2))
     assert alone["communicate"] == 0
     assert two["communicate"] == pytest.approx(2 * 2 * 4 * shape.parameters / 2 / 100)  # two optimizer steps
 
@@ -157,33 +163,51 @@ def large(tmp_path) -> Path:
     return tmp_path / "large"
 
 
-def test_a_dry_run_reads_no_weights_and_names_what_it_would_load(large, monkeypatch):
-    monkeypatch.setenv("ACCELERATE_MIXED_PRECISION", "bf16")
-    flags = ["--policy", str(large), "--dry_run", "8", "--fsdp", "--gradient_checkpointing", "--kl_coef", "0.01"]
-    text = cost.dry_run(parse_config(TrainConfig, flags))
+@pytest.fixture
+def run_cost(monkeypatch, capsys):
+    """python -m tools.cost in this process: what it prints."""
+
+    def call(*flags: str) -> str:
+        monkeypatch.setattr(sys, "argv", ["cost.py", *flags])
+        cost.main()
+        return capsys.readouterr().out
+
+    return call
+
+
+def test_a_dry_run_reads_no_weights_and_names_what_it_would_load(large, run_cost):
+    own = ["--processes", "8", "--mixed_precision", "bf16"]
+    text = run_cost("--policy", str(large), *own, "--fsdp", "--gradient_checkpointing", "--kl_coef", "0.01")
     for line in ("7,615,616,512 parameters", "8, FSDP2, mixed precision bf16", "64 episodes of at most 1,024 tokens"):
         assert line in text
     assert "fits 80 GB" in text
 
 
-def test_a_model_that_does_not_fit_ends_the_dry_run_with_what_to_change(large):
+def test_a_model_that_does_not_fit_ends_the_dry_run_with_what_to_change(large, run_cost):
     with pytest.raises(SystemExit, match=r"does not fit 80 GB.*try --gradient_checkpointing, --fsdp"):
-        cost.dry_run(parse_config(TrainConfig, ["--policy", str(large), "--dry_run", "1"]))
+        run_cost("--policy", str(large))
+    assert "fits 2000 GB" in run_cost("--policy", str(large), "--gpu_memory", "2000")
 
 
-def test_a_dry_run_without_a_model_says_so(tmp_path):
+def test_a_dry_run_without_a_model_says_so(tmp_path, run_cost):
     (tmp_path / "empty").mkdir()
     with pytest.raises(PolicyError, match=r"no configuration of a model at .*empty"):
-        cost.dry_run(parse_config(TrainConfig, ["--policy", str(tmp_path / "empty"), "--dry_run", "1"]))
+        run_cost("--policy", str(tmp_path / "empty"))
 
 
-def test_a_dry_run_of_the_tiny_model_says_its_sizes():
-    assert "2 layers of width 64, vocabulary 1,024" in cost.dry_run(parse_config(TrainConfig, ["--dry_run", "1"]))
+def test_a_dry_run_takes_the_flags_of_training_its_own_and_no_others(run_cost, capsys):
+    assert "2 layers of width 64, vocabulary 1,024" in run_cost()
+    assert "world       house max_steps=5 objects=4\n" in run_cost("--env_args", "max_steps=5", "objects=4")
+    for flags, line in ((["--proces", "2"], "unknown arguments: --proces 2"), (["--processes", "0"], "at least 1")):
+        with pytest.raises(SystemExit, match="2"):
+            run_cost(*flags)
+        assert line in capsys.readouterr().err
 
 
 # ---------------------------------------------------------------------------------------------------------- the presets
 
 PRESETS = [
+    ("house", "qwen1.5b", "Qwen/Qwen2.5-1.5B-Instruct", 8),
     ("alfworld", "qwen1.5b", "Qwen/Qwen2.5-1.5B-Instruct", 8),
     ("alfworld", "qwen7b", "Qwen/Qwen2.5-7B-Instruct", 8),
     ("alfworld", "llama8b", "meta-llama/Llama-3.1-8B-Instruct", 8),
@@ -194,6 +218,7 @@ PRESETS = [
     ("search", "qwen32b", "Qwen/Qwen2.5-32B-Instruct", 32),
     ("search", "llama8b", "meta-llama/Llama-3.1-8B-Instruct", 8),
 ]
+STEPS = {"house": 40, "alfworld": 50, "webshop": 15, "search": 4}
 METHODS = {
     "GRPO": ["--no_empg"],
     "GRPO + EMPG": [],
@@ -202,35 +227,37 @@ METHODS = {
 }
 
 
-def flags_of(world: str, model: str, *more: str, **variables: str) -> list[str]:
-    """The flags that a preset gives train.py."""
+def preset(world: str, model: str, *more: str, **variables: str) -> subprocess.CompletedProcess:
+    """runs/llm.sh: the flags that it gives train.py are printed."""
     places = {"ALFWORLD_DATA": "games", "WEBSHOP_DATA": "shop", "QUESTIONS": "q.json", "RETRIEVER": "http://host:8000"}
-    command = ["bash", str(ROOT / "runs" / f"llm_{world}.sh"), model, *more]
-    environ = os.environ | places | {"LAUNCH": "echo"} | variables
-    done = subprocess.run(command, env=environ, cwd=ROOT, capture_output=True, text=True, check=False)
-    assert done.returncode == 0, done.stderr
-    return done.stdout.split()[1:]
+    command = ["bash", str(ROOT / "runs" / "llm.sh"), world, model, *more]
+    environ = os.environ | places | {"TRAIN": "echo"} | variables
+    return subprocess.run(command, env=environ, cwd=ROOT, capture_output=True, text=True, check=False)
 
 
 @pytest.mark.parametrize(("world", "model", "policy", "ranks"), PRESETS)
-def test_a_preset_fits_its_gpus_and_has_the_published_settings(world, model, policy, ranks, tmp_path, monkeypatch):
+def test_a_preset_fits_its_gpus_and_has_the_published_settings(world, model, policy, ranks, tmp_path):
     _, kind, sizes = PUBLISHED[policy]
     model_config(kind, *sizes).save_pretrained(tmp_path)
-    monkeypatch.setenv("ACCELERATE_MIXED_PRECISION", "bf16")
-    assert parse_config(TrainConfig, flags_of(world, model)).policy == policy
+    assert parse_config(TrainConfig, preset(world, model).stdout.split()).policy == policy
     for method, flags in METHODS.items():
-        given = flags_of(world, model, *flags, "--dry_run", str(ranks), POLICY=str(tmp_path))
-        config = parse_config(TrainConfig, given)
-        assert "fits" in cost.dry_run(config)
+        config = parse_config(TrainConfig, preset(world, model, *flags, POLICY=str(tmp_path)).stdout.split())
+        assert "fits" in cost.dry_run(config, ranks, 141 if model == "qwen32b" else 80, "bf16")
         assert (config.algorithm, config.empg) == (method.split()[0].lower(), "EMPG" in method)
-        assert (config.learning_rate, config.iterations, config.group_size, config.example) == (1e-6, 150, 8, True)
-        steps = {"alfworld": "max_steps=50", "webshop": "max_steps=15", "search": "max_steps=4"}
-        assert (config.env, steps[world] in config.env_args) == (world, True)
+        assert (config.learning_rate, config.iterations, config.group_size) == (1e-6, 150, 8)
+        assert (config.env, f"max_steps={STEPS[world]}" in config.env_args) == (world, True)
+        assert config.example == (world != "house")
         assert config.tasks_per_iteration == (256 if world == "search" else 16)
 
 
-@pytest.mark.parametrize("world", ["alfworld", "webshop", "search"])
+def test_a_preset_can_be_dry_run(large):
+    done = preset("alfworld", "qwen7b", POLICY=str(large), TRAIN=f"{sys.executable} -m tools.cost --gpu_memory 10")
+    assert (done.returncode, done.stdout) == (1, "")
+    assert "world       alfworld restate_task=0 max_steps=50 data=games" in done.stderr
+    assert "does not fit 10 GB" in done.stderr
+
+
+@pytest.mark.parametrize("world", ["alfworld", "webshop", "search", "house", "mars"])
 def test_a_preset_of_no_such_model_ends_with_one_line(world):
-    command = ["bash", str(ROOT / "runs" / f"llm_{world}.sh"), "gpt2"]
-    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
-    assert (done.returncode, done.stderr) == (2, "no preset for gpt2\n")
+    done = preset(world, "gpt2")
+    assert (done.returncode, done.stderr) == (2, f"no preset for gpt2 in {world}\n")
