@@ -247,53 +247,62 @@ def answer(retrieve: Retriever, request: object) -> dict:
     return {"result": found if request.get("return_scores") else [[hit["document"] for hit in hits] for hits in found]}
 
 
+class Handler(BaseHTTPRequestHandler):
+    """Answers the requests of one connection."""
+
+    timeout = 60  # seconds for which a connection may stay silent
+
+    def do_POST(self):
+        try:
+            self._reply(*self._answer())
+        except ConnectionError:  # the client has gone
+            self.close_connection = True
+
+    def _answer(self) -> tuple[int, dict]:
+        """Status and content of the reply."""
+        length = self.headers.get("Content-Length", "")
+        if not length.isdecimal() or len(length) > 15:  # int() refuses thousands of digits
+            return 400, {"error": "Content-Length must be the number of bytes of the request"}
+        body = self._read(int(length))
+        if self.path != "/retrieve":
+            return 404, {"error": f"no {self.path} here, POST to /retrieve"}
+        if len(body) > MAX_REQUEST:
+            return 400, {"error": f"a request has at most {MAX_REQUEST} bytes, got {length}"}
+        try:
+            return 200, answer(self.server.retrieve, json.loads(body))
+        except (ValueError, RecursionError) as error:
+            return 400, {"error": str(error)}
+
+    def _read(self, length: int) -> bytes:
+        """The body, or its first bytes if it is too long. All of it is read: a client sends first, then listens."""
+        body = self.rfile.read(min(length, MAX_REQUEST + 1))
+        left = length - len(body)
+        while left and (piece := self.rfile.read(min(left, 2**16))):
+            left -= len(piece)
+        return body
+
+    def _reply(self, status: int, content: dict) -> None:
+        body = json.dumps(content).encode()
+        self.send_response(status)
+        self.send_header("Content-Type", "application/json")
+        self.send_header("Content-Length", str(len(body)))
+        self.end_headers()
+        self.wfile.write(body)
+
+    def log_message(self, *args):
+        """Nothing: a line for every query would hide all other output."""
+
+
+class Server(ThreadingHTTPServer):
+    """Listens, and starts a thread for each connection."""
+
+    request_queue_size = BACKLOG
+
+    def __init__(self, retrieve: Retriever, address: tuple[str, int]):
+        super().__init__(address, Handler)
+        self.retrieve = retrieve
+
+
 def server(retrieve: Retriever, host: str, port: int) -> ThreadingHTTPServer:
     """A server that is ready for `serve_forever`. Port 0 takes any free one. Raises OSError if the port is taken."""
-
-    class Handler(BaseHTTPRequestHandler):
-        timeout = 60  # seconds for which a connection may stay silent
-
-        def do_POST(self):
-            try:
-                self._reply(*self._answer())
-            except ConnectionError:  # the client has gone
-                self.close_connection = True
-
-        def _answer(self) -> tuple[int, dict]:
-            """Status and content of the reply."""
-            length = self.headers.get("Content-Length", "")
-            if not length.isdecimal() or len(length) > 15:  # int() refuses thousands of digits
-                return 400, {"error": "Content-Length must be the number of bytes of the request"}
-            body = self._read(int(length))
-            if self.path != "/retrieve":
-                return 404, {"error": f"no {self.path} here, POST to /retrieve"}
-            if len(body) > MAX_REQUEST:
-                return 400, {"error": f"a request has at most {MAX_REQUEST} bytes, got {length}"}
-            try:
-                return 200, answer(retrieve, json.loads(body))
-            except (ValueError, RecursionError) as error:
-                return 400, {"error": str(error)}
-
-        def _read(self, length: int) -> bytes:
-            """The body, or its first bytes if it is too long. All of it is read: a client sends first, then listens."""
-            body = self.rfile.read(min(length, MAX_REQUEST + 1))
-            left = length - len(body)
-            while left and (piece := self.rfile.read(min(left, 2**16))):
-                left -= len(piece)
-            return body
-
-        def _reply(self, status: int, content: dict) -> None:
-            body = json.dumps(content).encode()
-            self.send_response(status)
-            self.send_header("Content-Type", "application/json")
-            self.send_header("Content-Length", str(len(body)))
-            self.end_headers()
-            self.wfile.write(body)
-
-        def log_message(self, *args):
-            """Nothing: a line for every query would hide all other output."""
-
-    class Server(ThreadingHTTPServer):
-        request_queue_size = BACKLOG
-
-    return Server((host, port), Handler)
+    return Server(retrieve, (host, port))

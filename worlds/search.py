@@ -104,7 +104,7 @@ class Library:
 
 @lru_cache(maxsize=2)
 def open_library(config: SearchConfig) -> Library:
-    """The library of a configuration. Raises ValueError for a file that cannot be used, or a server that does not answer."""
+    """The library of a configuration. Raises ValueError for broken files, and for a server that does not answer."""
     if config.corpus and not config.questions:
         raise ValueError("a corpus without questions: give both, it does not answer those of the made-up world")
     if config.questions:

@@ -118,20 +118,7 @@ def parse(
     What the engine leaves out is left out here, with a warning that counts it. Raises ValueError naming a broken entry.
     """
     rng, left_out = random.Random(seed), Counter()
-    products: dict[str, Product] = {}
-    for number, record in enumerate(records):
-        sold = not limit or number < limit
-        if not sold and len(products) == limit:
-            break
-        try:
-            asin = record["asin"]
-            if asin == "nan" or len(asin) > 10 or asin in products:
-                left_out["products with a bad or repeated id"] += sold
-                continue
-            products[asin] = _product(record, attributes.get(asin, {}), rng if sold else random.Random(0), sold)
-        except (ArithmeticError, AttributeError, LookupError, TypeError, ValueError) as error:
-            name = record.get("asin") if isinstance(record, dict) else None
-            raise ValueError(f"{source}: product number {number} ({name}) is broken: {error!r}") from error
+    products = _products(records, attributes, limit, rng, left_out, source)
     instructions = human if human_goals else attributes
     make, goals = _human_goals if human_goals else _template_goals, []
     for asin, item in products.items():
@@ -147,6 +134,27 @@ def parse(
         )
     random.Random(GOAL_ORDER_SEED).shuffle(goals)
     return list(products.values()), goals
+
+
+def _products(
+    records: list, attributes: dict, limit: int, rng: random.Random, left_out: Counter, source: str
+) -> dict[str, Product]:
+    """id -> product, as `parse` says. Counts the records without a usable id in `left_out`."""
+    products: dict[str, Product] = {}
+    for number, record in enumerate(records):
+        sold = not limit or number < limit
+        if not sold and len(products) == limit:
+            break
+        try:
+            asin = record["asin"]
+            if asin == "nan" or len(asin) > 10 or asin in products:
+                left_out["products with a bad or repeated id"] += sold
+                continue
+            products[asin] = _product(record, attributes.get(asin, {}), rng if sold else random.Random(0), sold)
+        except (ArithmeticError, AttributeError, LookupError, TypeError, ValueError) as error:
+            name = record.get("asin") if isinstance(record, dict) else None
+            raise ValueError(f"{source}: product number {number} ({name}) is broken: {error!r}") from error
+    return products
 
 
 def _product(record: dict, found: dict, rng: random.Random, sold: bool) -> Product:
