@@ -6,6 +6,8 @@
     f(H_t+1) bonus for a step that leads to a clear next step                    clarity_bonus
     A_final  A g(H_t) + zeta f(H_t+1), minus its mean over all steps             modulate
 
+`modulation` returns all of them. Training calls it, and its last field is `modulate`.
+
 Dimensions: B episodes, G episodes of one task, L token positions, V vocabulary, S steps (the paper's t) per episode.
 Entropies, advantages and old log-probabilities are constants for autograd; only `logp` carries a gradient.
 
@@ -17,12 +19,13 @@ standard deviation and eps 1e-6 in the group advantage (verl; TRL adds 1e-4). Pr
 the method itself uses Shannon entropy.
 """
 
+from dataclasses import dataclass
+
 import torch
 from torch import Tensor
 from torch.nn import functional as F
 
 NORM_EPS = 1e-8  # of the min-max normalisation
-CHUNK_ELEMENTS = 2**22  # float32 numbers that token_logp_and_entropy holds at a time: 16 MiB
 
 
 # ------------------------------------------------------------------------------------- EMPG: modulation by step entropy
@@ -90,6 +93,30 @@ def clarity_bonus(norm_entropy: Tensor, valid: Tensor, *, k_future: float = 1.0)
 
 
 @torch.no_grad()
+def center(values: Tensor, valid: Tensor) -> Tensor:
+    """The values minus their mean over the valid steps of the batch.
+
+    values: (B, S).  valid: (B, S) bool.  Returns (B, S), mean 0 over valid steps, 0 off valid. Not divided by a std.
+    >>> center(torch.tensor([[1.0, 3.0], [5.0, 9.0]]), torch.tensor([[True, True], [True, False]]))
+    tensor([[-2.,  0.],
+            [ 2.,  0.]])
+    """
+    _require_2d("values and valid", values, valid)
+    return (values - values[valid].mean()).where(valid, 0)
+
+
+@torch.no_grad()
+def scale_and_bonus(
+    entropy: Tensor, valid: Tensor, *, k: float = 1.0, k_future: float = 1.0
+) -> tuple[Tensor, Tensor, Tensor]:
+    """H_norm, g(H_t) and f(H_{t+1}) of every step, (B, S) each.  entropy: (B, S), nats.  valid: (B, S) bool."""
+    norm_entropy = normalize_entropy(entropy, valid)
+    g = gradient_scale(norm_entropy, valid, k=k)
+    f = clarity_bonus(norm_entropy, valid, k_future=k_future)
+    return norm_entropy, g, f
+
+
+@torch.no_grad()
 def modulate(
     advantage: Tensor, entropy: Tensor, valid: Tensor, *, k: float = 1.0, k_future: float = 1.0, zeta: float = 0.1
 ) -> Tensor:
@@ -102,23 +129,35 @@ def modulate(
     _require_2d("entropy and valid", entropy, valid)
     if advantage.shape != entropy.shape[:1]:
         raise ValueError(f"advantage must be (B,) and entropy (B, S); got {_shapes(advantage, entropy)}")
-    norm_entropy = normalize_entropy(entropy, valid)
-    g = gradient_scale(norm_entropy, valid, k=k)
-    f = clarity_bonus(norm_entropy, valid, k_future=k_future)
+    _, g, f = scale_and_bonus(entropy, valid, k=k, k_future=k_future)
     return center(advantage[:, None] * g + zeta * f, valid)
 
 
-@torch.no_grad()
-def center(values: Tensor, valid: Tensor) -> Tensor:
-    """The values minus their mean over the valid steps of the batch.
+@dataclass(frozen=True)
+class Modulation:
+    """What the steps of a batch are trained with. Metrics, transcripts and the credit page show these very tensors."""
 
-    values: (B, S).  valid: (B, S) bool.  Returns (B, S), mean 0 over valid steps, 0 off valid. Not divided by a std.
-    >>> center(torch.tensor([[1.0, 3.0], [5.0, 9.0]]), torch.tensor([[True, True], [True, False]]))
-    tensor([[-2.,  0.],
-            [ 2.,  0.]])
-    """
-    _require_2d("values and valid", values, valid)
-    return (values - values[valid].mean()).where(valid, 0)
+    base: Tensor  # (B,), the group-relative advantage A of each episode
+    entropy: Tensor  # (B, S), H in nats
+    valid: Tensor  # (B, S) bool, False where an episode has no such step
+    norm_entropy: Tensor  # (B, S), H_norm in [0, 1]
+    g: Tensor  # (B, S), 1 without EMPG
+    f: Tensor  # (B, S), 0 without EMPG
+    advantage: Tensor  # (B, S), A_final, which enters the loss
+
+
+def modulation(
+    advantage: Tensor, entropy: Tensor, valid: Tensor, *, k: float = 1.0, k_future: float = 1.0, zeta: float = 0.1
+) -> Modulation:
+    """Everything that a step is trained with under EMPG. Arguments and errors: see `modulate`, the last field."""
+    final = modulate(advantage, entropy, valid, k=k, k_future=k_future, zeta=zeta)
+    return Modulation(advantage, entropy, valid, *scale_and_bonus(entropy, valid, k=k, k_future=k_future), final)
+
+
+def no_modulation(advantage: Tensor, entropy: Tensor, valid: Tensor) -> Modulation:
+    """The same for the baseline without EMPG: g = 1, f = 0, and each step has its episode's advantage, not centred."""
+    g, f = valid.to(advantage.dtype), torch.zeros_like(entropy)
+    return Modulation(advantage, entropy, valid, normalize_entropy(entropy, valid), g, f, advantage[:, None] * g)
 
 
 @torch.no_grad()
@@ -135,28 +174,6 @@ def spread(step_values: Tensor, step_ids: Tensor) -> Tensor:
     if step_ids.numel() and int(step_ids.max()) >= step_values.shape[1]:
         raise ValueError(f"step_ids go up to {int(step_ids.max())}, but step_values is {_shapes(step_values)}")
     return F.pad(step_values, (1, 0)).gather(1, step_ids + 1)  # column 0: not sampled
-
-
-# ------------------------------------------------------------------------------------- beyond the paper, off by default
-
-
-@torch.no_grad()
-def rank_entropy(entropy: Tensor, valid: Tensor) -> Tensor:
-    """Not in the paper: H scaled to [0, 1] by rank, evenly spread, where one outlier cannot flatten all other steps.
-
-    entropy: (B, S), nats.  valid: (B, S) bool.  Returns (B, S), the share of the batch's other valid steps that have
-    less entropy, ties counted half; 0 off valid, and for a single step.
-    >>> rank_entropy(torch.tensor([[1.0, 3.0, 3.0, 99.0]]), torch.ones(1, 4, dtype=torch.bool))
-    tensor([[0.0000, 0.5000, 0.5000, 1.0000]])
-    """
-    _require_2d("entropy and valid", entropy, valid)
-    ordered = entropy[valid].sort().values
-    below, not_above = (torch.searchsorted(ordered, entropy.contiguous(), right=right) for right in (False, True))
-    rank = (below + not_above - 1) / 2  # of equal entropies, the mean of their places
-    return (rank / max(1, len(ordered) - 1)).to(entropy.dtype).where(valid, 0)
-
-
-NORMALIZATIONS = {"minmax": normalize_entropy, "rank": rank_entropy}  # the paper's first
 
 
 # -------------------------------------------------------------------------------------------------------- GRPO and DAPO
@@ -285,7 +302,7 @@ def expected_score_norm(logits: Tensor) -> Tensor:
     >>> expected_score_norm(torch.zeros(2, 4))
     tensor([0.7500, 0.7500])
     """
-    return 1 - _tempered(logits, 1.0).softmax(-1).square().sum(-1)
+    return 1 - logits.to(torch.promote_types(logits.dtype, torch.float32)).softmax(-1).square().sum(-1)
 
 
 def token_logp_and_entropy(logits: Tensor, ids: Tensor, temperature: float = 1.0) -> tuple[Tensor, Tensor]:
@@ -293,7 +310,7 @@ def token_logp_and_entropy(logits: Tensor, ids: Tensor, temperature: float = 1.0
 
     logits: (B, L, V), any float type.  ids: (B, L) int.  temperature: above 0.
     Returns logp and entropy, each (B, L), at least float32, from one log-softmax over the full vocabulary. Gradient
-    flows through logp only. Works chunk by chunk, so that no second (B, L, V) tensor is needed.
+    flows through logp only. An update calls engine/scorer.py instead, which needs no (B, L, V) tensor.
     Raises ValueError if the shapes disagree or the temperature is not above 0.
     >>> logp, entropy = token_logp_and_entropy(torch.zeros(1, 1, 4), torch.tensor([[2]]))
     >>> bool(torch.isclose(entropy, torch.tensor(4.0).log())), bool(torch.isclose(logp, -entropy))
@@ -303,58 +320,12 @@ def token_logp_and_entropy(logits: Tensor, ids: Tensor, temperature: float = 1.0
         raise ValueError(f"logits must be (B, L, V) and ids (B, L); got {tuple(logits.shape)} and {tuple(ids.shape)}")
     if not temperature > 0:
         raise ValueError(f"temperature must be above 0, got {temperature}")
-    return _LogpAndEntropy.apply(logits, ids, temperature)
-
-
-class _LogpAndEntropy(torch.autograd.Function):
-    """Autograd would keep every token's log-softmax; this computes it again from the logits, chunk by chunk."""
-
-    @staticmethod
-    def forward(ctx, logits: Tensor, ids: Tensor, temperature: float) -> tuple[Tensor, Tensor]:
-        logp, entropy, log_norm = (
-            torch.empty(ids.shape, dtype=_at_least_float32(logits), device=ids.device) for _ in range(3)
-        )
-        for chunk in _chunks(logits.shape):
-            z = _tempered(logits[chunk], temperature)  # (b, l, V)
-            log_norm[chunk] = z.logsumexp(-1)
-            logp[chunk] = z.gather(-1, ids[chunk][..., None]).squeeze(-1) - log_norm[chunk]
-            # A banned token has z = -inf and p = 0; the clamp makes its term 0, the limit of p log p.
-            log_p = (z - log_norm[chunk][..., None]).clamp_(min=torch.finfo(z.dtype).min)
-            entropy[chunk] = -log_p.exp().mul_(log_p).sum(-1)
-        ctx.save_for_backward(logits, ids, log_norm)
-        ctx.temperature = temperature
-        ctx.mark_non_differentiable(entropy)
-        return logp, entropy
-
-    @staticmethod
-    def backward(ctx, grad_logp: Tensor, _) -> tuple[Tensor, None, None]:
-        """d logp_a / d z = (1_a - p) / temperature."""
-        logits, ids, log_norm = ctx.saved_tensors
-        grad = torch.empty_like(logits)
-        for chunk in _chunks(logits.shape):
-            weight = grad_logp[chunk][..., None] / ctx.temperature  # (b, l, 1)
-            p = (_tempered(logits[chunk], ctx.temperature) - log_norm[chunk][..., None]).exp_()
-            grad[chunk] = p.mul_(-weight).scatter_add_(-1, ids[chunk][..., None], weight)
-        return grad, None, None
-
-
-def _chunks(shape: torch.Size) -> list[tuple[slice, slice]]:
-    """Slices of (B, L) that together cover (B, L, V) logits, each of at most CHUNK_ELEMENTS numbers or of one token."""
-    batch, length, vocabulary = shape
-    columns = max(1, min(length, CHUNK_ELEMENTS // vocabulary))
-    rows = max(1, CHUNK_ELEMENTS // (columns * vocabulary))
-    return [
-        (slice(b, b + rows), slice(j, j + columns)) for b in range(0, batch, rows) for j in range(0, length, columns)
-    ]
-
-
-def _tempered(logits: Tensor, temperature: float) -> Tensor:
-    logits = logits.to(_at_least_float32(logits))
-    return logits if temperature == 1 else logits / temperature
-
-
-def _at_least_float32(logits: Tensor) -> torch.dtype:
-    return torch.promote_types(logits.dtype, torch.float32)
+    z = logits.to(torch.promote_types(logits.dtype, torch.float32)) / temperature  # (B, L, V)
+    log_p = z - z.logsumexp(-1, keepdim=True)  # log_softmax(z), in the order in which engine/scorer.py computes it
+    logp = log_p.gather(-1, ids[..., None]).squeeze(-1)  # (B, L)
+    log_p = log_p.detach().clamp(min=torch.finfo(z.dtype).min)  # p log p of a banned token is 0, where 0 * -inf is nan
+    entropy = -(log_p.exp() * log_p).sum(-1)  # (B, L)
+    return logp, entropy
 
 
 def _require_aggregation(aggregation: str) -> None:

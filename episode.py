@@ -4,7 +4,8 @@ A recorded episode can be replayed: the world must give the same answers to the 
 """
 
 import json
-from dataclasses import asdict, dataclass, field
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 
 import torch
@@ -31,7 +32,6 @@ class Step:
     valid: bool  # True if the environment understood and performed the action
     start: int
     end: int
-    entropy: float  # H_t: mean Shannon entropy over the sampled tokens, nats
 
 
 @dataclass
@@ -86,6 +86,7 @@ class Batch:
     token_entropy: Tensor  # (B, L), nats, padded with 0
     reward: Tensor  # (B,)
     length: Tensor  # (B,) int, tokens
+    episodes: list[Episode]  # of the rows
 
     @property
     def mask(self) -> Tensor:
@@ -96,19 +97,25 @@ class Batch:
         """The batch of these rows alone, cut to the longest of them."""
         length = self.length[rows]
         token_lists = (self.ids, self.step_ids, self.old_logp, self.token_entropy)
-        return Batch(*(tensor[rows, : int(length.max())] for tensor in token_lists), self.reward[rows], length)
+        cut = (tensor[rows, : int(length.max())] for tensor in token_lists)
+        return Batch(*cut, self.reward[rows], length, [self.episodes[row] for row in rows])
 
 
 def collate(episodes: list[Episode], device: torch.device | str = "cpu") -> Batch:
     """The episodes as one batch on `device`."""
-    rows = lambda name, dtype: [torch.tensor(getattr(e, name), dtype=dtype) for e in episodes]  # noqa: E731
+
+    def padded(name: str, dtype: torch.dtype, padding: float = 0) -> Tensor:
+        rows = [torch.tensor(getattr(episode, name), dtype=dtype) for episode in episodes]
+        return pad_sequence(rows, batch_first=True, padding_value=padding).to(device)  # (B, L)
+
     return Batch(
-        ids=pad_sequence(rows("ids", torch.long), batch_first=True).to(device),
-        step_ids=pad_sequence(rows("step_ids", torch.long), batch_first=True, padding_value=-1).to(device),
-        old_logp=pad_sequence(rows("old_logp", torch.float32), batch_first=True).to(device),
-        token_entropy=pad_sequence(rows("token_entropy", torch.float32), batch_first=True).to(device),
-        reward=torch.tensor([e.reward for e in episodes], device=device),
-        length=torch.tensor([len(e.ids) for e in episodes], device=device),
+        ids=padded("ids", torch.long),
+        step_ids=padded("step_ids", torch.long, -1),
+        old_logp=padded("old_logp", torch.float32),
+        token_entropy=padded("token_entropy", torch.float32),
+        reward=torch.tensor([episode.reward for episode in episodes], device=device),
+        length=torch.tensor([len(episode.ids) for episode in episodes], device=device),
+        episodes=episodes,
     )
 
 
@@ -118,14 +125,18 @@ def save_episodes(path: Path, episodes: list[Episode]) -> None:
 
 
 def load_episodes(path: Path) -> list[Episode]:
-    """Read what `save_episodes` wrote. Raises ValueError for a line that is not an episode; it names file and line."""
+    """Read what `save_episodes` wrote, or the episodes that a run keeps; what stands beside their fields is left out.
+
+    Raises ValueError for a line that is not an episode; it names file and line.
+    """
     episodes = []
     for number, line in enumerate(path.read_text().splitlines(), 1):
         try:
             record = json.loads(line)
-            record["task"] = Task(**record["task"])
-            record["steps"] = [Step(**step) for step in record["steps"]]
-            episodes.append(Episode(**record))
+            values = {field.name: record[field.name] for field in fields(Episode)}
+            values["task"] = Task(**record["task"])
+            values["steps"] = [Step(**step) for step in record["steps"]]
+            episodes.append(Episode(**values))
         except (KeyError, TypeError, ValueError) as error:
             raise ValueError(f"{path}, line {number}: not an episode ({error})") from error
     return episodes
@@ -142,16 +153,19 @@ def replay(episode: Episode, env) -> None:
             raise ValueError(f"{episode.task}, step {number}: got {observation!r}, recorded was {step.observation!r}")
 
 
-def transcript(episode: Episode, step_advantage: list[float] | None = None) -> str:
-    """The episode as text. Each step shows its entropy H in nats, its thought, its action and the observation.
+def transcript(episode: Episode, entropy: Sequence[float] = (), advantage: Sequence[float] = ()) -> str:
+    """The episode as text: each step with its thought, its action and the observation.
 
-    step_advantage: one number a step, the advantage that its tokens were trained with; it is shown as A.
+    entropy, advantage: one number a step, shown as H (nats) and A: what the step's tokens were trained with.
     """
     outcome = "success" if episode.success else "truncated" if episode.truncated else "failure"
     lines = [f"{episode.task.env} {episode.task.split} {episode.task.seed}: {outcome}, reward {episode.reward:g}", ""]
     lines += [episode.prompt]
     for number, step in enumerate(episode.steps):
-        advantage = f"  A {step_advantage[number]:+.3f}" if step_advantage else ""
-        lines += ["", f"step {number}  H {step.entropy:.3f}{advantage}{'' if step.valid else '  (invalid)'}"]
+        shown = [f"step {number}"]
+        shown += [f"H {entropy[number]:.3f}"] if entropy else []
+        shown += [f"A {advantage[number]:+.3f}"] if advantage else []
+        shown += [] if step.valid else ["(invalid)"]
+        lines += ["", "  ".join(shown)]
         lines += [f"  Thought: {step.thought}", f"  Action: {step.action}", f"  {step.observation}"]
     return "\n".join(lines) + "\n"

@@ -9,75 +9,37 @@ A player is a checkpoint folder, a hub id, or one of the scripted players `oracl
 as its training run played it, on the same tasks, with the same limits and random numbers, unless a flag says otherwise.
 """
 
-import json
 import os
-from collections.abc import Iterator
-from contextlib import contextmanager, nullcontext
-from datetime import timedelta
-from operator import itemgetter
+
+if __name__ == "__main__":
+    os.environ.setdefault("GOMP_SPINCOUNT", "1000")  # see train.py
+
+import json
+from collections.abc import Sequence
+from contextlib import nullcontext
 from pathlib import Path
 
 import numpy as np
-import torch
 import transformers
 from accelerate import Accelerator
-from accelerate.utils import InitProcessGroupKwargs
 from scipy import stats
 
-from config import EvalConfig, TrainConfig, parse_eval_config
-from engine.ranks import gathered, sharding_accelerator
-from engine.record import RecordError, reporting, require_writable
-from engine.sampler import sampling_weights
-from engine.stopping import play_together
+from config import EvalConfig, TrainConfig, fail, given_flags, parse_config
+from engine.checkpoint import evaluation_of
+from engine.ranks import explain_out_of_memory, play_over_ranks, start_ranks, weights_for_sampling
+from engine.record import reporting, require_writable
 from envs import PLAYERS, Env, example, held_out_splits, make_envs
 from episode import Episode, Task, save_episodes
-from policy import Policy, PolicyError, load_policy, require_context
+from policy import Policy, load_policy, require_context
 from rollout import play_scripted, rollout
 
-# How long a rank waits for another. One whose episodes are long may sample for an hour while the others wait, and NCCL
-# would give up after ten minutes. When a rank dies, the launcher ends the others at once.
-PATIENCE = timedelta(hours=4)
-
 # --------------------------------------------------------------------------------------------------------- playing
-
-
-def start_ranks(threads: int, fsdp: bool = False, **options) -> Accelerator:
-    """This process as one of the ranks that the launcher started; options go to Accelerator.
-
-    threads: of this process on the CPU; 0 shares the cores among the ranks, where launchers leave one thread to each.
-    fsdp: models will be divided among the ranks.
-
-    Ends the program if the launcher started others than there are ranks: each would do the whole work.
-    """
-    if os.environ.get("ACCELERATE_USE_FSDP") == "true" and not fsdp:
-        raise SystemExit("this launcher's configuration shards models in its own way: use runs/accelerate, and --fsdp")
-    # Without a GPU the ranks find each other only if they are told to stay on the CPU.
-    options |= {"cpu": not torch.cuda.is_available(), "kwargs_handlers": [InitProcessGroupKwargs(timeout=PATIENCE)]}
-    accelerator = sharding_accelerator(**options) if fsdp else Accelerator(**options)
-    launched = int(os.environ.get("WORLD_SIZE", 1))
-    if accelerator.num_processes != launched:
-        raise SystemExit(
-            f"{launched} processes were launched but {accelerator.num_processes} found each other; "
-            "on CPUs launch with: torchrun --nproc_per_node N train.py"
-        )
-    if accelerator.device.type == "cpu":
-        torch.set_num_threads(threads or max(1, os.cpu_count() // accelerator.num_processes))
-    return accelerator
-
-
-@contextmanager
-def enough_memory(work: str, advice: str) -> Iterator[None]:
-    """Ends the program with one line, which gives the advice, if the memory of the GPU runs out within."""
-    try:
-        yield
-    except torch.OutOfMemoryError as error:
-        raise SystemExit(f"out of GPU memory while {work}: {advice}") from error
 
 
 def open_envs(config: EvalConfig | TrainConfig, number: int, splits: list[str]) -> list[Env]:
     """`number` environments with tasks in the splits. Ends the program if data or packages are missing."""
     try:
-        envs = make_envs(config.env, config.settings, number, splits)
+        envs = make_envs(config.env, config.env_args, number, splits)
         if config.example:
             instructions = f"{envs[0].instructions}\n\n{example(envs[0])}"
             for env in envs:
@@ -88,7 +50,7 @@ def open_envs(config: EvalConfig | TrainConfig, number: int, splits: list[str]) 
 
 
 def has_tasks(env: Env, split: str) -> bool:
-    """Whether the world's data hold the split; the published data of a benchmark need not be there in full."""
+    """Whether the world's data hold the split; a benchmark may be installed without some of its splits."""
     try:
         return env.size(split) != 0
     except ValueError:
@@ -101,7 +63,7 @@ def first_tasks(env: Env, name: str, split: str, number: int) -> list[Task]:
     return [Task(name, split, seed) for seed in range(number if size is None else min(number, size))]
 
 
-@enough_memory("sampling", "lower --batch_size")
+@explain_out_of_memory("sampling", "lower --batch_size")
 def evaluate(
     player: str | Policy, envs: list[Env], tasks: list[Task], config: EvalConfig | TrainConfig, accelerator: Accelerator
 ) -> list[Episode]:
@@ -109,22 +71,16 @@ def evaluate(
 
     config: seed, temperature and limits. Every rank plays its share of the tasks and gets all episodes.
     """
-    rank, ranks = accelerator.process_index, accelerator.num_processes
-    mine = tasks[rank::ranks]
 
-    def play() -> list[tuple[int, Episode]]:
+    def play(mine: list[Task]) -> list[Episode]:
         if isinstance(player, str):
-            episodes = play_scripted(envs[0], mine, PLAYERS[player], config.seed, desc=player)
-        else:
-            seeds = [(config.seed, task.seed) for task in mine]
-            limits = {"max_step_tokens": config.max_step_tokens, "max_tokens": config.max_tokens}
-            with sampling_weights(player.model, accelerator.mixed_precision):
-                episodes = rollout(player, envs, mine, seeds, temperature=config.temperature, desc="evaluate", **limits)
-        return list(zip(range(rank, len(tasks), ranks), episodes, strict=True))
+            return play_scripted(envs[0], mine, PLAYERS[player], config.seed, desc=player)
+        return rollout(
+            player, envs, mine, [(config.seed, task.seed) for task in mine], **config.limits, desc="evaluate"
+        )
 
-    with nullcontext() if isinstance(player, str) else gathered(player.model):
-        numbered = play_together(play)
-    return require_steps([episode for _, episode in sorted(numbered, key=itemgetter(0))])
+    with nullcontext() if isinstance(player, str) else weights_for_sampling(accelerator, player.model):
+        return require_steps(play_over_ranks(accelerator, tasks, play))
 
 
 def require_steps(episodes: list[Episode]) -> list[Episode]:
@@ -150,7 +106,7 @@ def wilson_interval(successes: int, number: int) -> tuple[float, float]:
 def summarize(episodes: list[Episode]) -> dict:
     """Success (share) with its interval, mean steps and share of invalid actions; the same again per task type.
 
-    "errors" counts the episodes that an environment broke off.  "score" (100 x mean of WebShop's reward) and "f1" (of
+    "errors" counts the episodes that an environment aborted.  "score" (100 x mean of WebShop's reward) and "f1" (of
     the answers, 0 to 1) are there where the environment reports them.
     """
     by_type: dict[str, list[Episode]] = {}
@@ -236,7 +192,10 @@ def table(summaries: dict[str, dict]) -> str:
         if any(value is not None for value in values):
             rows[name] = ["" if value is None else f"{factor * value:5.{decimals}f}" for value in values]
     width = max(map(len, ["task type", *rows]))
-    line = lambda name, cells: " | ".join([f"{name:{width}}", *(f"{cell:24}" for cell in cells)]).rstrip()  # noqa: E731
+
+    def line(name: str, cells: list[str]) -> str:
+        return " | ".join([f"{name:{width}}", *(f"{cell:24}" for cell in cells)]).rstrip()
+
     head = line("", [f"{name[-24:]:^24}" for name in summaries])
     units = line("task type", ["success %, 95 %        n"] * len(summaries))
     return "\n".join([head, units, "-" * len(units), *(line(name, cells) for name, cells in rows.items())])
@@ -249,15 +208,32 @@ def _cell(summary: dict | None) -> str:
     return f"{100 * summary['success']:5.1f} {interval:>13} {summary['episodes']:4d}"
 
 
+def percent(summary: dict) -> str:
+    """Success with its interval, such as "93.0 % (89.2 to 95.5)"."""
+    mean, low, high = (f"{100 * summary[name]:.1f}" for name in ("success", "success_low", "success_high"))
+    return f"{mean} % ({low} to {high})"
+
+
+def parse_eval_config(argv: Sequence[str] | None = None) -> EvalConfig:
+    """The command line of eval.py. What is not given comes from the checkpoint's own configuration, so that eval.py
+    repeats the evaluation of its training run; world, settings and split do not if another --env is given."""
+    given, defaults = given_flags(EvalConfig, argv), {}
+    for player in given.get("compare") or [given.get("policy", EvalConfig.policy)]:
+        own = evaluation_of(player)
+        if own and given.get("env", own["env"]) != own["env"]:
+            own = {name: own[name] for name in ("seed", "temperature", "max_step_tokens", "max_tokens")}
+        for name, value in own.items():
+            if name not in given and defaults.setdefault(name, value) != value:
+                fail(f"the two players were trained with {name} {defaults[name]} and {value}; say --{name}")
+    return parse_config(EvalConfig, argv, defaults)
+
+
 def main() -> None:
     config = parse_eval_config()
     transformers.utils.logging.disable_progress_bar()
-    try:
-        accelerator = start_ranks(config.threads)
-        run(config, accelerator)
-        accelerator.end_training()
-    except (PolicyError, RecordError) as error:
-        raise SystemExit(str(error)) from error
+    accelerator = start_ranks(config.threads)
+    run(config, accelerator)
+    accelerator.end_training()
 
 
 def run(config: EvalConfig, accelerator: Accelerator) -> None:

@@ -26,8 +26,8 @@ from transformers.cache_utils import DynamicLayer
 Dialogue = list[str]
 
 
-class PolicyError(RuntimeError):
-    """The policy cannot be used; the message is one line for the user."""
+class PolicyError(SystemExit):
+    """The policy cannot be used. Ends the program with its message, one line, unless it is caught."""
 
 
 class Policy:
@@ -76,8 +76,8 @@ class Policy:
             pieces.append(piece)
             if not found:
                 raise ValueError(f"the chat template drops the turn {text}")
-        opening = pieces[0] + contents[0] + pieces[1] + contents[1] + pieces[2]
-        if opening != self._render(messages[:2]) or rest != pieces[2]:
+        prompt = pieces[0] + contents[0] + pieces[1] + contents[1] + pieces[2]
+        if prompt != self._render(messages[:2]) or rest != pieces[2]:
             raise ValueError("the chat template rewrites earlier turns; ids could not be append-only")
         return pieces
 
@@ -95,12 +95,12 @@ class Policy:
     def decode(self, ids: list[int]) -> str:
         return self.tokenizer.decode(ids, skip_special_tokens=True)
 
-    def opening(self, instructions: str, observations: list[str]) -> list[list[int]]:
+    def prompt(self, instructions: str, observations: list[str]) -> list[list[int]]:
         """Ids up to the first sampled token: system turn, first observation, start of the response."""
         head = self._before_system + self.encode([instructions])[0] + self._before_user
         return [head + ids + self._before_response for ids in self.encode(observations)]
 
-    def turn(self, observations: list[str]) -> list[list[int]]:
+    def between(self, observations: list[str]) -> list[list[int]]:
         """Ids between a response's stop token and the next sampled token: observation, start of the response."""
         return [self._after_response + ids + self._before_response for ids in self.encode(observations)]
 

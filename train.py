@@ -3,286 +3,240 @@
     accelerate launch train.py                                       the tiny model in the House world, on a laptop
     accelerate launch train.py --no_empg --out out/grpo              the baseline under it
     accelerate launch train.py --policy Qwen/Qwen2.5-1.5B-Instruct   a real model
-    accelerate launch train.py --resume                              go on where the run in --out stopped
+    accelerate launch train.py --resume                              resume the run in --out
     torchrun --nproc_per_node 2 train.py                             two processes, with or without GPUs
     torchrun --nproc_per_node 2 train.py --fsdp                      each of them with half of the model
 
-An iteration has eight beats: 1, 7 and 8 in `iterate`, 2 to 4 in `assign_credit`, 5 and 6 in `learn`. Every rank samples
-its own groups and gets those of all ranks, so EMPG's statistics, the normalisers and the metrics are those of the whole
-batch. Only sampling, forward and backward are divided among the ranks.
+The algorithm is `iterate`, in eight beats. Every rank samples its own groups and gets those of all ranks, so EMPG's
+statistics, the normalisers and the metrics are those of the whole batch. Only sampling, forward and backward are
+divided among the ranks.
 
 Differences from the papers: DAPO's length penalty counts the tokens of the whole episode, observations included.
-Not covered: models whose weights, in the type that they compute in, do not fit on one device.
+Not covered: tensor parallelism. While sampling, every device holds all weights in compute precision, with --fsdp too.
 """
 
-import sys
-from collections import defaultdict
+import os
+
+if __name__ == "__main__":
+    # OpenMP's threads spin while they wait, and take the cores from other programs. Here they sleep soon, unless the
+    # user says otherwise. torch reads this when it is imported. Measured in docs/scaling.md.
+    os.environ.setdefault("GOMP_SPINCOUNT", "1000")
+
+from collections.abc import Callable
 from pathlib import Path
 
-import torch
 import transformers
 from accelerate import Accelerator
 from accelerate.utils import broadcast_object_list
+from torch import Tensor
+from tqdm import tqdm
 
 from config import TrainConfig, parse_config
-from empg import (
-    NORMALIZATIONS,
-    center,
-    clarity_bonus,
-    gradient_scale,
-    group_advantages,
-    loss_normalizer,
-    rewards_differ,
-    soft_overlong_penalty,
-    spread,
-    step_entropy,
-)
-from engine.checkpoint import CheckpointError, checkpoint_path, keep_best, restore, run_position, save
-from engine.ranks import whole
-from engine.record import Modulation, Record, RecordError, episode_metrics, eval_metrics, step_metrics, update_metrics
-from engine.stopping import Stopped, StopRequest, lost_a_rank
-from envs import Env, careless_player, fingerprint
-from episode import Batch, collate, save_episodes
-from eval import enough_memory, evaluate, first_tasks, open_envs, start_ranks, summarize, table
-from groups import sample_groups, train_task
-from policy import Dialogue, PolicyError, require_context
-from rollout import dialogue, play_scripted
-from tiny import TinyConfig, warm_start
-from tools.cost import dry_run
-from update import (
-    Learner,
-    NotFiniteError,
-    gradient_sync,
-    make_learner,
-    micro_batch_loss,
-    micro_batches,
-    mini_batches,
-    recompute_old_logp,
-    require_finite,
-)
+from empg import Modulation, group_advantages, modulation, no_modulation, soft_overlong_penalty, step_entropy
+from engine.checkpoint import RunState, keep_best, link_first_policy, restore, run_position, save
+from engine.ranks import explain_out_of_memory, play_over_ranks, start_ranks, weights_for_sampling
+from engine.record import Record, episode_metrics, eval_metrics, step_metrics, update_metrics
+from engine.stopping import stoppable
+from envs import Env
+from episode import Batch, Episode, collate
+from eval import evaluate, first_tasks, open_envs, percent, require_steps, summarize, table
+from imitate import first_policy
+from policy import require_context
+from rollout import rollout, train_task
+from update import Learner, NotFiniteError, make_learner, update
+
+MAX_ROUNDS = 4  # of dynamic sampling in an iteration
 
 
-def train(config: TrainConfig) -> None:
-    """The whole run: prepare, iterate, report."""
-    tracker = {} if config.report_to == "none" else {"log_with": config.report_to, "project_dir": config.out}
-    accelerator = start_ranks(config.threads, config.fsdp, **tracker)
-    envs = open_envs(config, config.batch_size, ["train", config.held_out])
-    record = Record(config, accelerator)
-    learner, state = prepare(config, accelerator, envs[0])
-    record.begin(state["iteration"] - ("row" in state))
-    stop = StopRequest()
-    try:
-        iterate(config, learner, envs, record, state)
-    except Stopped:
-        save(config, learner, state)
-        accelerator.end_training()
-        raise SystemExit(f"stopped after iteration {state['iteration']}; go on with --resume") from None
-    except RuntimeError as error:
-        if not lost_a_rank(error):
-            raise
-        # Said here, while SIGTERM is caught: as soon as one process has died, the launcher sends it to the others.
-        print("another process of this run has ended; go on from the last checkpoint with --resume", file=sys.stderr)
-        raise SystemExit(1) from None
-    finally:
-        stop.close()
-    finish(config, accelerator, record, state)
-
-
-def iterate(config: TrainConfig, learner: Learner, envs: list[Env], record: Record, state: dict) -> None:
-    """The loop. Raises Stopped while it samples if the run was asked to stop; `state` is then ready to be saved."""
-    if "row" in state:  # before training, or the run was stopped when this row still lacked its evaluation
-        conclude(config, learner, envs, record, state)
-    while state["iteration"] < config.iterations:
-        # 1 sample episodes, groups of one task
-        groups, row = sample_groups(config, learner, envs, state["next_task"])
-        episodes = [episode for group in groups for episode in group]
-        state |= {"iteration": state["iteration"] + 1, "next_task": state["next_task"] + row["group/tasks_used"]}
-        state |= {"row": row, "after": None}
-        iteration = state["iteration"]
-        record.lap("sample")
-
-        # 2 to 6 learn from them, unless dynamic sampling found no group that differs in success
-        if groups:
-            batch = collate(episodes, learner.accelerator.device)  # (B, L), the episodes of all ranks
-            try:
-                modulation, sums = learn(config, learner, batch, iteration)
-            except NotFiniteError as error:
-                where = Path(config.out) / f"not_finite_{iteration:06d}.jsonl"
-                save_episodes(where, [episodes[i] for i in error.rows])
-                raise SystemExit(f"stopped in iteration {iteration}: {error}; they are in {where}") from None
-            record.lap("learn")
-
-            # 7 log
-            row |= episode_metrics(episodes, config.group_size) | step_metrics(modulation) | update_metrics(sums)
-            if config.is_evaluated(iteration):
-                record.episodes(iteration, episodes, modulation, learner.policy.tokenizer)
-
-        # 8 evaluate, checkpoint
-        conclude(config, learner, envs, record, state)
-
-
-def assign_credit(config: TrainConfig, batch: Batch) -> Modulation:
-    """What each step of the batch, (B, L), is trained with: its advantage, and what it was made of."""
-    # 2 score and centre within the group
+def score(config: TrainConfig, batch: Batch) -> Tensor:
+    """The group-relative advantage (B,) of each episode, from its reward, with DAPO's penalty if it has a buffer."""
     reward = batch.reward  # (B,)
     if config.overlong_buffer:
         reward = reward + soft_overlong_penalty(batch.length, limit=config.max_tokens, buffer=config.overlong_buffer)
-    base = group_advantages(reward, config.group_size)  # (B,)
-
-    # 3 entropy was captured while sampling, and so were the old log-probs, unless `learn` is to compute them again; the
-    #   reference's log-probs come with the loss, in beat 5
-    entropy, valid = step_entropy(batch.token_entropy, batch.step_ids)  # (B, S), nats
-
-    # 4 modulate by step entropy: A_final = A g(H_t) + zeta f(H_t+1), minus its mean over all steps
-    norm_entropy = NORMALIZATIONS[config.normalization](entropy, valid)  # (B, S), in [0, 1]
-    if not config.empg:
-        g, f = valid.float(), torch.zeros_like(entropy)
-        return Modulation(base, entropy, valid, norm_entropy, g, f, base[:, None] * g)
-    g = gradient_scale(norm_entropy, valid, k=config.k)  # (B, S), mean 1
-    f = clarity_bonus(norm_entropy, valid, k_future=config.k_future)  # (B, S), of the next step
-    if not config.bonus_in_all_groups:
-        f = f * rewards_differ(reward, config.group_size)[:, None]
-    return Modulation(base, entropy, valid, norm_entropy, g, f, center(base[:, None] * g + config.zeta * f, valid))
+    return group_advantages(reward, config.group_size)
 
 
-@enough_memory("learning", "lower --micro_batch_tokens, or set --gradient_checkpointing")
-def learn(config: TrainConfig, learner: Learner, batch: Batch, iteration: int) -> tuple[Modulation, dict[str, float]]:
-    """The algorithm: from the episodes of an iteration, (B, L), to new weights.
+def assign_credit(
+    config: TrainConfig, batch: Batch, advantage: Tensor, entropy: Tensor, valid: Tensor, learner: Learner | None = None
+) -> Modulation:
+    """What each step of the batch is trained with. `train` takes another function in the place of this one.
 
-    Returns what the steps were trained with, and sums over this rank's tokens and optimizer steps for the record.
-    Raises NotFiniteError instead of taking a bad step.
+    advantage: (B,), group-relative.  entropy: (B, S), nats.  valid: (B, S) bool.  learner: for credit that needs the
+    policy. The tensors of the result are (B, S).
     """
-    accelerator, sums = learner.accelerator, defaultdict(float)
-    # No dropout: old and new log-probs must be of the same policy. Only gradient checkpointing needs training mode.
-    learner.model.train(config.gradient_checkpointing)
-
-    # 2 to 4
-    modulation = assign_credit(config, batch)
-    token_advantage = spread(modulation.advantage, batch.step_ids)  # (B, L)
-    if config.old_logp == "recompute":
-        batch, difference = recompute_old_logp(config, learner, batch)
-        sums |= difference
-
-    # 5 micro-batches: loss, backward
-    for rows in mini_batches(config, len(batch.ids), iteration):
-        normalizer = loss_normalizer(batch.mask[rows], config.aggregation)  # of all ranks and micro-batches
-        parts = micro_batches(config, accelerator, batch.length, rows)
-        for number, (part, weight) in enumerate(parts, 1):
-            with gradient_sync(learner, last=number == len(parts)):
-                loss, part_sums = micro_batch_loss(
-                    config, learner, batch.select(part), token_advantage[part], normalizer
-                )
-                require_finite(loss.item(), part)
-                accelerator.backward(weight * loss)
-            for name, value in part_sums.items():
-                sums[name] += float(value) if weight else 0.0
-        # Up to the first step, sampler and trainer differ by rounding alone.
-        sums.setdefault("kl_rollout", sums["kl_old"])
-        sums.setdefault("rollout_tokens", sums["tokens"])
-
-        # 6 clip and step
-        grad_norm = accelerator.clip_grad_norm_(learner.model.parameters(), config.max_grad_norm)
-        sums["grad_norm"] += require_finite(whole(grad_norm), rows)
-        learner.optimizer.step()
-        learner.optimizer.zero_grad()
-        sums["learning_rate"] += learner.optimizer.param_groups[0]["lr"]
-        sums["optimizer_steps"] += 1
-    return modulation, sums
+    if not config.empg:
+        return no_modulation(advantage, entropy, valid)
+    return modulation(advantage, entropy, valid, k=config.k, k_future=config.k_future, zeta=config.zeta)
 
 
-# ------------------------------------------------------------------------------------------------------- beginning
+def train(config: TrainConfig, assign_credit: Callable[..., Modulation] = assign_credit) -> None:
+    """The whole run: prepare, iterate, report."""
+    with stoppable(Path(config.out)) as stop:
+        tracker = {} if config.report_to == "none" else {"log_with": config.report_to, "project_dir": config.out}
+        accelerator = start_ranks(config.threads, config.fsdp, **tracker)
+        envs = open_envs(config, config.batch_size, ["train", config.held_out])
+        record = Record(config, accelerator)
+        learner, state = prepare(config, accelerator, envs[0])
+        record.begin(state.last_written)
+
+        def save_and_end() -> Path:
+            saved = save(Path(config.out), state, accelerator, learner.policy, learner.optimizer)
+            accelerator.end_training()
+            return saved
+
+        stop.save = save_and_end
+        try:
+            iterate(config, learner, envs, record, state, assign_credit)
+        except NotFiniteError as error:
+            raise SystemExit(record.not_finite(state.iteration, error.episodes)) from None
+    finish(config, accelerator, record, state)
 
 
-def prepare(config: TrainConfig, accelerator: Accelerator, env: Env) -> tuple[Learner, dict]:
-    """What a run learns with, and its position: at the start, or at the newest checkpoint."""
-    # The main process alone reads every checkpoint to its end to verify it.
-    found = [run_position(config) if accelerator.is_main_process else None]
-    newest, state = broadcast_object_list(found)[0]
-    link = Path(config.out) / "first_policy"  # the policy that the run started from, for eval.py --compare
-    first = str(link) if newest and link.exists() else first_policy(config, accelerator, env)
-    if accelerator.is_main_process and Path(first).is_dir() and first != str(link):
-        link.parent.mkdir(parents=True, exist_ok=True)
-        link.unlink(missing_ok=True)
-        link.symlink_to(Path(first).resolve(), target_is_directory=True)
-    learner = make_learner(config, accelerator, str(newest or first), first)
-    require_context(learner.policy, config.max_tokens)
-    if newest:
-        restore(newest, learner)
-    return learner, state
+def iterate(
+    config: TrainConfig,
+    learner: Learner,
+    envs: list[Env],
+    record: Record,
+    state: RunState,
+    assign_credit: Callable[..., Modulation] = assign_credit,
+) -> None:
+    """The algorithm. Raises Stopped, while it samples, if the run was asked to stop; `state` can be saved then."""
+    if state.unwritten is not None:  # iteration 0, or a run that was stopped before it evaluated this iteration
+        evaluate_and_save(config, learner, envs, record, state)
+    while state.iteration < config.iterations:
+        # 1 sample episodes, in groups of one task
+        groups, metrics = sample_groups(config, learner, envs, state.next_task)
+        state.learnt(metrics["group/tasks_used"], metrics)
+        record.lap("sample")
+
+        if groups:  # dynamic sampling may find no group that differs in success
+            batch = collate([episode for group in groups for episode in group], learner.accelerator.device)  # (B, L)
+
+            # 2 score within the group
+            advantage = score(config, batch)  # (B,)
+
+            # 3 step entropy, from the entropies captured while sampling
+            entropy, valid = step_entropy(batch.token_entropy, batch.step_ids)  # (B, S), nats
+
+            # 4 modulate
+            credit = assign_credit(config, batch, advantage, entropy, valid, learner)  # (B, S)
+
+            # 5 loss and backward, 6 clip and step
+            sums = update(config, learner, batch, credit.advantage, state.iteration)
+            record.lap("learn")
+
+            # 7 log
+            metrics |= episode_metrics(batch.episodes, config.group_size) | step_metrics(credit) | update_metrics(sums)
+            if config.is_evaluated(state.iteration):
+                record.episodes(state.iteration, batch, credit, learner.policy.tokenizer)
+
+        # 8 evaluate and save
+        evaluate_and_save(config, learner, envs, record, state)
 
 
-def first_policy(config: TrainConfig, accelerator: Accelerator, env: Env) -> str:
-    """Folder or hub id of the policy that training starts from. The main process builds the tiny one, if it is not in
-    the cache; the others wait for it."""
-    if config.policy != "tiny":
-        return config.policy
-    folder = [""]
-    if accelerator.is_main_process:
-        definition = {"env": config.env, "slip": config.slip, "demonstrations": config.demonstrations}
-        definition["world"] = fingerprint(env, config.settings)
-        demonstrate = lambda: demonstrations(config, env)  # noqa: E731
-        folder = [str(warm_start(definition, demonstrate, TinyConfig(), config.seed, Path(config.cache)))]
-    return broadcast_object_list(folder)[0]
+# --------------------------------------------------------------------------------------------------------- 1  sample
 
 
-def demonstrations(config: TrainConfig, env: Env) -> list[Dialogue]:
-    """Dialogues of the careless player, on the first tasks of the run. Ends the program if any is broken off."""
-    tasks = [train_task(config, env.size("train"), number) for number in range(config.demonstrations)]
-    played = play_scripted(env, tasks, careless_player(config.slip), config.seed, desc="demonstrations")
-    if broken := [episode.info["error"] for episode in played if "error" in episode.info]:
-        raise SystemExit(f"{len(broken)} of {len(played)} demonstrations were broken off: {broken[0]}")
-    return [dialogue(env.instructions, episode) for episode in played]
+def sample_groups(
+    config: TrainConfig, learner: Learner, envs: list[Env], next_task: int
+) -> tuple[list[list[Episode]], dict]:
+    """The groups of an iteration, the same on every rank, and metrics of all groups sampled for them.
+
+    Dynamic sampling (DAPO) keeps the groups in which some episodes succeed and some do not. It samples until it has
+    enough groups, at most MAX_ROUNDS times, and then trains on those that it has.
+    """
+    kept, solved, wanted, used = [], [], config.tasks_per_iteration, 0
+    while len(kept) < wanted and used < wanted * MAX_ROUNDS:
+        groups = sample_round(config, learner, envs, next_task + used)
+        require_steps([episode for group in groups for episode in group])
+        used += wanted
+        solved += [sum(episode.success for episode in group) for group in groups]
+        if not config.dynamic_sampling:
+            kept = groups
+            break
+        kept += [group for group in groups if 0 < sum(episode.success for episode in group) < config.group_size]
+    if len(kept) < wanted and learner.accelerator.is_main_process:
+        tqdm.write(f"dynamic sampling: of {used} groups only {len(kept)} differ in success; training on these")
+    kept = kept[:wanted]
+    success = sum(solved) / (len(solved) * config.group_size)
+    return kept, {"group/tasks_used": used, "group/kept": len(kept), "group/success": success}
 
 
-# --------------------------------------------------------------------------------- 8  evaluation, checkpoints, the end
+@explain_out_of_memory("sampling", "lower --batch_size")
+def sample_round(config: TrainConfig, learner: Learner, envs: list[Env], first_task: int) -> list[list[Episode]]:
+    """One group of G episodes for each of the tasks from number `first_task` on; every rank plays its share."""
+    tasks, size, split_size = config.tasks_per_iteration, config.group_size, envs[0].size("train")
+
+    def play(numbers: list[int]) -> list[list[Episode]]:
+        jobs = [(number, index) for number in numbers for index in range(size)]
+        played = [train_task(config.env, split_size, config.seed, number) for number, _ in jobs]
+        episodes = rollout(learner.policy, envs, played, [(config.seed, *job) for job in jobs], **config.limits)
+        return [episodes[start : start + size] for start in range(0, len(episodes), size)]
+
+    with weights_for_sampling(learner.accelerator, learner.policy.model):
+        return play_over_ranks(learner.accelerator, range(first_task, first_task + tasks), play)
 
 
-def conclude(config: TrainConfig, learner: Learner, envs: list[Env], record: Record, state: dict) -> None:
-    """The end of an iteration: evaluate if it is time, write its row, save if it is time."""
-    iteration = state["iteration"]
+# ---------------------------------------------------------------------------------------------- 8  evaluate and save
+
+
+def evaluate_and_save(config: TrainConfig, learner: Learner, envs: list[Env], record: Record, state: RunState) -> None:
+    """The end of an iteration: evaluate if it is time, write its metrics, save if it is time."""
+    iteration, out = state.iteration, Path(config.out)
     if config.is_evaluated(iteration):
         tasks = first_tasks(envs[0], config.env, config.held_out, config.eval_tasks)
         summary = summarize(evaluate(learner.policy, envs, tasks, config, learner.accelerator))
-        state["after" if iteration else "before"] = summary
-        state["row"] |= eval_metrics(summary)
+        state.unwritten |= eval_metrics(summary)
+        record.say(f"iteration {iteration}: {percent(summary)} of {len(tasks)} held-out tasks")
         if iteration:
-            keep_best(config, learner, state)
-    record.row(iteration, state.pop("row"))
+            state.after = summary
+            keep_best(out, state, learner.accelerator, learner.policy)
+        else:
+            state.before = summary
+    record.metrics(iteration, state.unwritten)
+    state.unwritten = None
     if iteration and (iteration % config.checkpoint_every == 0 or iteration == config.iterations):
-        save(config, learner, state)
+        save(out, state, learner.accelerator, learner.policy, learner.optimizer)
 
 
-def finish(config: TrainConfig, accelerator: Accelerator, record: Record, state: dict) -> None:
+# -------------------------------------------------------------------------------------------- the start and the end
+
+
+def prepare(config: TrainConfig, accelerator: Accelerator, env: Env) -> tuple[Learner, RunState]:
+    """The learner and the run's state: new, or restored from the newest good checkpoint."""
+    # The main process alone reads every checkpoint to its end to verify it.
+    found = [run_position(config) if accelerator.is_main_process else None]
+    newest, state = broadcast_object_list(found)[0]
+    link = Path(config.out) / "first_policy"
+    first = str(link) if newest and link.exists() else first_policy(config, accelerator, env)
+    if accelerator.is_main_process:
+        link_first_policy(Path(config.out), first)
+    learner = make_learner(config, accelerator, str(newest or first), first)
+    require_context(learner.policy, config.max_tokens)
+    if newest:
+        restore(newest, learner.policy, learner.optimizer)
+    return learner, state
+
+
+def finish(config: TrainConfig, accelerator: Accelerator, record: Record, state: RunState) -> None:
     """The table, the picture, and where everything is."""
     record.progress.close()
     accelerator.end_training()
-    summaries = {name: state[name] for name in ("before", "after", "best")}
-    record.result(summaries)
+    record.result({"before": state.before, "after": state.after, "best": state.best})
     if accelerator.is_main_process:
         out = Path(config.out)
-        tasks = f"{config.env}, {state['after']['episodes']} held-out tasks, temperature {config.temperature}"
-        print(f"\n{tasks}\n\n{table({name: summaries[name] for name in ('before', 'after')})}")
-        print(f"\nbefore: {out / 'first_policy'}   after: {checkpoint_path(out, state['iteration'])}")
-        print(f"best: {out / 'best'}, of iteration {state['best']['iteration']}")
+        tasks = f"{config.env}, {state.after['episodes']} held-out tasks, temperature {config.temperature}"
+        print(f"\n{tasks}\n\n{table({'before': state.before, 'after': state.after})}")
+        print(f"\nbefore: {out / 'first_policy'}   after: {out / f'checkpoint-{state.iteration:06d}'}")
+        print(f"best: {out / 'best'}, of iteration {state.best['iteration']}")
         print(f"curves: {out / 'curves.png'}   metrics: {out / 'metrics.jsonl'}")
+        print(f"what every step was trained with: python -m paper.page {out}")
 
 
 def main() -> None:
     config = parse_config(TrainConfig)
     transformers.utils.logging.disable_progress_bar()
-    try:
-        if config.dry_run:
-            print(dry_run(config))
-        else:
-            train(config)
-    except (CheckpointError, PolicyError, RecordError) as error:
-        raise SystemExit(str(error)) from error
-    except RuntimeError as error:
-        if not lost_a_rank(error):
-            raise
-        raise SystemExit("another process ended while the run was being prepared") from None
-    except KeyboardInterrupt:
-        raise SystemExit("stopped; the last checkpoint, if there is one, is complete: go on with --resume") from None
+    train(config)
 
 
 if __name__ == "__main__":

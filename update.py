@@ -1,4 +1,4 @@
-"""The loss of a micro-batch, what an update works on, and how its episodes are divided into mini- and micro-batches.
+"""One policy update: mini-batches, micro-batches, loss, clip, step.
 
 All ranks hold the whole batch and take every n-th row of each mini-batch. The normaliser of a loss is that of the whole
 mini-batch, so its gradient is the same however the rows are divided into micro-batches and among ranks.
@@ -6,8 +6,9 @@ mini-batch, so its gradient is the same however the rows are divided into micro-
 
 import contextlib
 import math
+from collections import defaultdict
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 import numpy as np
 import torch
@@ -15,16 +16,18 @@ from accelerate import Accelerator
 from torch import Tensor
 
 from config import TrainConfig
-from empg import aggregate, kl_k3, policy_loss
-from engine.ranks import prepare_frozen
+from empg import aggregate, kl_k3, loss_normalizer, policy_loss, spread
+from engine.ranks import explain_out_of_memory, prepare_frozen, to_float
 from engine.scorer import make_scorable
-from episode import Batch
+from episode import Batch, Episode
 from policy import Policy, load_policy
+
+MAX_GRAD_NORM = 1.0  # gradients are scaled down to this norm
 
 
 @dataclass(frozen=True)
 class Learner:
-    """What an update works on."""
+    """The trainable policy of this process: accelerator, model, optimizer, reference."""
 
     accelerator: Accelerator
     policy: Policy  # for sampling and saving; its model is the bare one
@@ -49,18 +52,55 @@ def make_learner(config: TrainConfig, accelerator: Accelerator, path: str, first
     return Learner(accelerator, policy, model, optimizer, reference)
 
 
+@explain_out_of_memory("learning", "lower --micro_batch_tokens, or set --gradient_checkpointing")
+def update(config: TrainConfig, learner: Learner, batch: Batch, advantage: Tensor, iteration: int) -> dict[str, float]:
+    """From the episodes of an iteration, (B, L), to new weights.
+
+    advantage: (B, S), of every step.  Returns sums over this rank's tokens and optimizer steps, for the metrics.
+    Raises NotFiniteError instead of taking a bad step.
+    """
+    accelerator, sums = learner.accelerator, defaultdict(float)
+    # No dropout: old and new log-probs must be of the same policy. Only gradient checkpointing needs training mode.
+    learner.model.train(config.gradient_checkpointing)
+    token_advantage = spread(advantage, batch.step_ids)  # (B, L)
+    for rows in mini_batches(config, len(batch.ids), iteration):
+        # 5 loss and backward
+        normalizer = loss_normalizer(batch.mask[rows], config.aggregation)  # of all ranks and micro-batches
+        parts = micro_batches(config, accelerator, batch.length, rows)
+        for number, (part, weight) in enumerate(parts, 1):
+            micro_batch = batch.select(part)
+            with gradient_sync(learner, last=number == len(parts)):
+                loss, part_sums = micro_batch_loss(config, learner, micro_batch, token_advantage[part], normalizer)
+                require_finite(loss.item(), micro_batch.episodes)
+                accelerator.backward(weight * loss)
+            for name, value in part_sums.items():
+                sums[name] += float(value) if weight else 0.0
+        # Before the first optimizer step the weights are those that sampled, so this KL is rounding.
+        sums.setdefault("kl_rollout", sums["kl_old"])
+        sums.setdefault("rollout_tokens", sums["tokens"])
+
+        # 6 clip and step
+        grad_norm = to_float(accelerator.clip_grad_norm_(learner.model.parameters(), MAX_GRAD_NORM))
+        sums["grad_norm"] += require_finite(grad_norm, [batch.episodes[row] for row in rows])
+        learner.optimizer.step()
+        learner.optimizer.zero_grad()
+        sums["learning_rate"] += learner.optimizer.param_groups[0]["lr"]
+        sums["optimizer_steps"] += 1
+    return sums
+
+
 class NotFiniteError(Exception):
-    """A loss or gradient is infinite or nan; no step was taken with it. `rows` are the episodes that it came from."""
+    """A loss or gradient is infinite or nan; no step was taken with it. `episodes` are those that it came from."""
 
-    def __init__(self, rows: list[int]):
-        super().__init__(f"loss or gradient is not finite, episodes {rows}")
-        self.rows = rows
+    def __init__(self, episodes: list[Episode]):
+        super().__init__("loss or gradient is not finite")
+        self.episodes = episodes
 
 
-def require_finite(value: float, rows: list[int]) -> float:
-    """The value. Raises NotFiniteError, naming the rows, if it is infinite or nan."""
+def require_finite(value: float, episodes: list[Episode]) -> float:
+    """The value. Raises NotFiniteError with the episodes that it came from if it is infinite or nan."""
     if not math.isfinite(value):
-        raise NotFiniteError(rows)
+        raise NotFiniteError(episodes)
     return value
 
 
@@ -79,9 +119,9 @@ def micro_batches(
 ) -> list[tuple[list[int], int]]:
     """This rank's share of a mini-batch in parts of at most micro_batch_tokens tokens, each with its loss's weight.
 
-    length: (B,), tokens of each episode. Rows are sorted by length, so that little of a part is padding. The weight is
-    the number of ranks, because their gradients are averaged where they must be added. Ranks work together in every
-    part, so each has the same number of them: a rank with too few runs one row with weight 0 instead.
+    length: (B,), tokens of each episode. Rows are sorted by length, so that little of a part is padding. DDP averages
+    gradients over ranks. The normaliser already counts all ranks, so the weight is the number of ranks. DDP needs every
+    rank in every backward pass, so all have the same number of parts: a rank with too few runs one row with weight 0.
     """
     rank, ranks = accelerator.process_index, accelerator.num_processes
     lengths = length.tolist()
@@ -103,10 +143,7 @@ def split_by_tokens(rows: list[int], lengths: list[int], budget: int) -> list[li
 
 
 def gradient_sync(learner: Learner, last: bool) -> contextlib.AbstractContextManager:
-    """For a backward pass: gradients stay with their rank until the `last` part of a mini-batch adds them up.
-
-    Sharded ones are added up in every part, because no rank has room for a whole gradient.
-    """
+    """DDP all-reduces gradients once per mini-batch, in its `last` backward pass. FSDP2 must reduce in every pass."""
     if last or learner.accelerator.is_fsdp2:
         return contextlib.nullcontext()
     return learner.accelerator.no_sync(learner.model)
@@ -117,31 +154,16 @@ def gradient_sync(learner: Learner, last: bool) -> contextlib.AbstractContextMan
 
 def sampled_logp(model: torch.nn.Module, batch: Batch, temperature: float) -> Tensor:
     """Log-probabilities (B, L) of the sampled tokens, nats; 0 elsewhere.  model: as `make_scorable` returns it."""
+    # In plain code: log_softmax(model(ids).logits[:, :-1] / temperature).gather(-1, ids[:, 1:, None]).
     # No attention mask: the padding is on the right, where a causal model does not look.
     logp = model(input_ids=batch.ids, sampled=batch.mask, temperature=temperature)  # (N,)
     return logp.new_zeros(batch.ids.shape).masked_scatter(batch.mask, logp)
 
 
-@torch.no_grad()
-def recompute_old_logp(config: TrainConfig, learner: Learner, batch: Batch) -> tuple[Batch, dict[str, float]]:
-    """The batch with the trainer's log-probs in place of those that were captured while sampling.
-
-    Also returns sums over its sampled tokens, for the record: how far the two are apart.
-    """
-    logp = torch.zeros_like(batch.old_logp)
-    for part, weight in micro_batches(config, learner.accelerator, batch.length, range(len(batch.ids))):
-        scored = sampled_logp(learner.model, batch.select(part), config.temperature)
-        if weight:
-            logp[part, : scored.shape[1]] = scored
-    logp = learner.accelerator.reduce(logp, "sum")  # every rank scored some rows
-    kl = kl_k3(batch.old_logp, logp)  # 0 where nothing was sampled
-    return replace(batch, old_logp=logp), {"kl_rollout": float(kl.sum()), "rollout_tokens": float(batch.mask.sum())}
-
-
 def micro_batch_loss(
     config: TrainConfig, learner: Learner, batch: Batch, token_advantage: Tensor, normalizer: float
 ) -> tuple[Tensor, dict[str, Tensor]]:
-    """What these rows add to the loss of their mini-batch, and sums over their sampled tokens, for the record.
+    """This micro-batch's share of the mini-batch loss, and sums over its sampled tokens, for the metrics.
 
     batch: the rows, (B, L).  token_advantage: (B, L or more).  normalizer: `loss_normalizer` of the mini-batch.
     """

@@ -11,64 +11,89 @@ import os
 import re
 import shutil
 from collections.abc import Callable
-from dataclasses import asdict
+from dataclasses import asdict, dataclass, fields
 from functools import partial
 from pathlib import Path
 
 import torch
+from accelerate import Accelerator
 from tqdm import tqdm
 
-from config import TrainConfig
+from config import EvalConfig, TrainConfig
 from engine.ranks import full_weights, load_shards, save_shards
+from envs import held_out_splits
 from policy import Policy
-from update import Learner
 
 CHECKSUMS = "sha256.json"
 SHARDS = "shards"  # the folder of a sharded model and its optimizer, within a checkpoint
 KEEP = 2  # the newest and the one before it
-FREE = {"iterations", "resume", "out", "cache", "eval_every", "checkpoint_every", "report_to", "batch_size", "threads"}
-FREE |= {"dry_run", "gpu_memory"}
+MAY_CHANGE = {  # flags that a resumed run may give another value
+    *("iterations", "resume", "out", "cache", "eval_every", "checkpoint_every", "report_to", "batch_size", "threads")
+}
 
 
-class CheckpointError(Exception):
-    """A checkpoint could not be written or read; the message is one line for the user."""
+class CheckpointError(SystemExit):
+    """A checkpoint could not be written or read. Ends the program with its message, one line, unless it is caught."""
 
 
-def run_position(config: TrainConfig) -> tuple[Path | None, dict]:
+@dataclass
+class RunState:
+    """The position of a run, all of it JSON; a checkpoint keeps it in state.json."""
+
+    config: dict  # every flag
+    iteration: int = 0  # the last one that was learnt from
+    next_task: int = 0  # number of the next training task
+    unwritten: dict | None = None  # metrics of `iteration` until they are complete and written; then None
+    before: dict | None = None  # evaluation of the first policy
+    after: dict | None = None  # evaluation after `iteration`, if it was evaluated
+    best: dict | None = None  # the evaluation with the most success, and its "iteration"
+    saved: int = -1  # the iteration of the last checkpoint
+
+    @property
+    def last_written(self) -> int:
+        """The last iteration whose metrics are complete; -1 for none."""
+        return self.iteration if self.unwritten is None else self.iteration - 1
+
+    def learnt(self, tasks_used: int, metrics: dict) -> None:
+        """Go to the next iteration. metrics: what is known of it so far."""
+        self.iteration, self.next_task = self.iteration + 1, self.next_task + tasks_used
+        self.unwritten, self.after = metrics, None
+
+
+def run_position(config: TrainConfig) -> tuple[Path | None, RunState]:
     """The newest good checkpoint of the run in config.out and its state; None and a new state for a new run.
 
-    The state is JSON: "iteration", the last one that was learnt from; "next_task"; "config"; the evaluations "before",
-    "after" (of this iteration) and "best"; "row", the metrics of the iteration while its evaluation is still to come;
-    "saved", the iteration at the last save.  A damaged checkpoint is named and passed over.
+    A damaged checkpoint is named and skipped.
     Raises CheckpointError unless --resume says which of the two is meant and the checkpoint fits the configuration.
     """
     out, saved = config.out, checkpoints(Path(config.out))
     if not config.resume:
         if saved:
-            raise CheckpointError(
-                f"{out} holds a run already: go on with --resume, or choose another folder with --out"
-            )
-        return None, {"iteration": 0, "next_task": 0, "row": {}, "after": None, "config": asdict(config)}
+            raise CheckpointError(f"{out} holds a run already: continue it with --resume, or choose another --out")
+        return None, RunState(asdict(config), unwritten={})
     if not saved:
         raise CheckpointError(f"there is no checkpoint in {out} to resume from")
     newest = newest_good(saved)
-    state = json.loads((newest / "state.json").read_text())
-    changed = {
-        name: value for name, value in state["config"].items() if name not in FREE and getattr(config, name) != value
-    }
-    if changed:
-        flags = ", ".join(
-            f"--{name} {' '.join(value) if isinstance(value, list) else value}" for name, value in changed.items()
-        )
-        raise CheckpointError(f"{out} was trained with {flags}; resume with the same, or start anew with another --out")
-    complete = state.get("after") or "row" in state  # the last iteration of a run is evaluated
-    if config.iterations < state["iteration"] or (config.iterations == state["iteration"] and not complete):
-        raise CheckpointError(f"{out} has {state['iteration']} iterations already; ask for more with --iterations")
+    state = RunState(**json.loads((newest / "state.json").read_text()))
+    if changed := _changed_flags(config, state.config):
+        raise CheckpointError(f"{out} was trained with {changed}; resume with the same, or choose another --out")
+    complete = state.after is not None or state.unwritten is not None  # the last iteration of a run is evaluated
+    if config.iterations < state.iteration or (config.iterations == state.iteration and not complete):
+        raise CheckpointError(f"{out} has {state.iteration} iterations already; ask for more with --iterations")
     return newest, state
 
 
+def _changed_flags(config: TrainConfig, before: dict) -> str:
+    """The flags, with their values `before`, that have another value now and may not."""
+    flags = []
+    for name, value in before.items():
+        if name not in MAY_CHANGE and getattr(config, name) != value:
+            flags.append(f"--{name} {' '.join(value) if isinstance(value, list) else value}")
+    return ", ".join(flags)
+
+
 def newest_good(saved: list[Path]) -> Path:
-    """The last of these checkpoints that is whole. Says which it passes over; CheckpointError if there is no other."""
+    """The last of these checkpoints that is whole. Names those that it skips; CheckpointError if there is no other."""
     problems = []
     for folder in reversed(saved):
         try:
@@ -77,7 +102,7 @@ def newest_good(saved: list[Path]) -> Path:
             problems.append(str(error))
             continue
         for problem in problems:
-            tqdm.write(f"{problem}; going on from {folder.name}")
+            tqdm.write(f"{problem}; resuming from {folder.name}")
         return folder
     raise CheckpointError(f"no checkpoint is whole: {'; '.join(problems)}")
 
@@ -85,33 +110,35 @@ def newest_good(saved: list[Path]) -> Path:
 # ------------------------------------------------------------------------------------------------- what a run saves
 
 
-def save(config: TrainConfig, learner: Learner, state: dict) -> None:
-    """The checkpoint of this iteration, unless it is saved already; all ranks call this together."""
-    if state.get("saved") != state["iteration"]:
-        state["saved"] = state["iteration"]
-        folder, model = checkpoint_path(Path(config.out), state["iteration"]), learner.policy.model
-        weights = full_weights(model)
+def save(
+    out: Path, state: RunState, accelerator: Accelerator, policy: Policy, optimizer: torch.optim.Optimizer
+) -> Path:
+    """Write the checkpoint of this iteration, unless it is there already; all ranks call this together."""
+    folder = checkpoint_path(out, state.iteration)
+    if state.saved != state.iteration:
+        state.saved, weights = state.iteration, full_weights(policy.model)
         try:
-            shards = save_shards(folder.with_name(".shards.partial"), model, learner.optimizer)
+            shards = save_shards(folder.with_name(".shards.partial"), policy.model, optimizer)
         except Exception as error:  # torch raises an error of its own when a disk is full
             reason = str(error).splitlines()[0]
             raise CheckpointError(f"could not save {folder} ({reason}); earlier checkpoints are untouched") from error
-        if learner.accelerator.is_main_process:
-            save_checkpoint(folder, learner.policy, learner.optimizer, state, weights, shards)
-    learner.accelerator.wait_for_everyone()
+        if accelerator.is_main_process:
+            save_checkpoint(folder, policy, optimizer, asdict(state), weights, shards)
+    accelerator.wait_for_everyone()
+    return folder
 
 
-def keep_best(config: TrainConfig, learner: Learner, state: dict) -> None:
-    """Keep the policy in OUT/best if none was better in its evaluation, state["after"]; all ranks call this together.
+def keep_best(out: Path, state: RunState, accelerator: Accelerator, policy: Policy) -> None:
+    """Keep the policy in OUT/best if none was better in its evaluation, `state.after`; all ranks call this together.
 
     The folder has no optimizer. Its state holds the evaluation, and the flags that eval.py repeats it with.
     """
-    if state["after"]["success"] > state.get("best", {"success": -1})["success"]:
-        state["best"] = {"iteration": state["iteration"]} | state["after"]
-        weights = full_weights(learner.policy.model)
-        if learner.accelerator.is_main_process:
-            write_folder(Path(config.out) / "best", partial(learner.policy.save, weights=weights), state)
-    learner.accelerator.wait_for_everyone()
+    if state.best is None or state.after["success"] > state.best["success"]:
+        state.best = {"iteration": state.iteration} | state.after
+        weights = full_weights(policy.model)
+        if accelerator.is_main_process:
+            write_folder(out / "best", partial(policy.save, weights=weights), asdict(state))
+    accelerator.wait_for_everyone()
 
 
 def save_checkpoint(
@@ -124,7 +151,7 @@ def save_checkpoint(
 ) -> None:
     """Write a checkpoint, see `write_folder`. Older ones but KEEP are deleted.
 
-    state: what resuming needs beside weights and optimizer, JSON.  weights, shards: of a sharded model (sharding.py).
+    state: what resuming needs beside weights and optimizer, JSON.  weights, shards: of a sharded model (ranks.py).
     """
 
     def write(aside: Path) -> None:
@@ -135,7 +162,7 @@ def save_checkpoint(
             torch.save(optimizer.state_dict(), aside / "optimizer.pt")
 
     write_folder(folder, write, state)
-    # A newer one is here if it was damaged and passed over; it does not count.
+    # A newer, damaged checkpoint may exist; it does not count towards KEEP.
     saved = checkpoints(folder.parent)
     for old in saved[: saved.index(folder) + 1][:-KEEP]:
         shutil.rmtree(old)
@@ -177,6 +204,23 @@ def checkpoint_path(out: Path, iteration: int) -> Path:
     return out / f"checkpoint-{iteration:06d}"
 
 
+def evaluation_of(player: str) -> dict:
+    """How its training run evaluated a player, as values of EvalConfig; empty if it is no folder of a run.
+
+    They stand beside a checkpoint's weights, and for the policy that a run started from in the run's own folder.
+    """
+    for file in (Path(player) / "state.json", Path(player).parent / "config.json"):
+        try:
+            saved = json.loads(file.read_text())["config"]
+            split = saved["eval_split"] or held_out_splits(saved["env"])[0]
+            same = {field.name for field in fields(EvalConfig)} - {"policy"}
+            own = {name: saved[name] for name in saved if name in same}
+            return own | {"split": [split], "tasks": saved["eval_tasks"]}
+        except (OSError, ValueError, KeyError, TypeError):
+            continue
+    return {}
+
+
 def verify_checkpoint(folder: Path) -> None:
     """Raises CheckpointError naming the first file that is missing or not what was written."""
     try:
@@ -192,12 +236,21 @@ def verify_checkpoint(folder: Path) -> None:
             raise CheckpointError(f"{folder} cannot be used: {name} is {state}")
 
 
-def restore(folder: Path, learner: Learner) -> None:
-    """Restore the optimizer of a learner whose policy was loaded from this checkpoint, in place."""
+def restore(folder: Path, policy: Policy, optimizer: torch.optim.Optimizer) -> None:
+    """Restore the optimizer of a policy that was loaded from this checkpoint, in place."""
     if (folder / SHARDS).exists():
-        load_shards(folder / SHARDS, learner.policy.model, learner.optimizer)
+        load_shards(folder / SHARDS, policy.model, optimizer)
     else:
-        load_optimizer(folder, learner.optimizer)
+        load_optimizer(folder, optimizer)
+
+
+def link_first_policy(out: Path, policy: str) -> None:
+    """Let OUT/first_policy point to the policy that the run starts from, if it is a folder, for eval.py --compare."""
+    link = out / "first_policy"
+    if Path(policy).is_dir() and policy != str(link):
+        out.mkdir(parents=True, exist_ok=True)
+        link.unlink(missing_ok=True)
+        link.symlink_to(Path(policy).resolve(), target_is_directory=True)
 
 
 def load_optimizer(folder: Path, optimizer: torch.optim.Optimizer) -> None:

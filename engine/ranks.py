@@ -1,27 +1,32 @@
-"""Weights, gradients and optimizer divided among the ranks, for models that do not fit on one device: FSDP2, through
-Accelerate.
+"""One process of several: how ranks start, share work, hold weights, and divide a model too large for one device.
 
-Each rank keeps a part of every weight. While a layer computes, its weights are gathered; then they are dropped again.
-While a rank samples, all weights stay gathered (`gathered`). Otherwise every token would be one gathering of the whole
-model, and a rank could not go on to its next token before the others.
+Every rank plays its share of a list of tasks, and gets the results of all (`play_over_ranks`). Forward and backward
+passes are divided in update.py.
+
+With --fsdp (FSDP2, through Accelerate) each rank keeps a part of every weight. While a layer computes, its weights are
+gathered; then they are dropped again. While a rank samples, all weights stay gathered (`weights_for_sampling`).
+Otherwise every token would be one gathering of the whole model, and a rank could not go on to its next token before the
+others.
 
 What is sharded is not on the main process. So all ranks take part in saving: `full_weights` for a checkpoint that
 `from_pretrained` opens, `save_shards` for one that training resumes from. Without --fsdp these functions do nothing.
 
-Not run here: GPUs, several machines. The ranks of several machines need a common file system for checkpoints.
+Not run here: several machines. Their ranks need a common file system for checkpoints.
 """
 
 import os
 import shutil
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from datetime import timedelta
+from operator import itemgetter
 from pathlib import Path
 
 import torch
 import torch.distributed.checkpoint as dcp
 from accelerate import Accelerator, FullyShardedDataParallelPlugin, PartialState
 from accelerate.optimizer import AcceleratedOptimizer
-from accelerate.utils import DistributedType, fsdp2_prepare_model
+from accelerate.utils import DistributedType, InitProcessGroupKwargs, fsdp2_prepare_model
 from torch import Tensor, nn
 from torch.distributed.checkpoint.state_dict import (
     StateDictOptions,
@@ -32,7 +37,116 @@ from torch.distributed.checkpoint.state_dict import (
 from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy
 from torch.distributed.tensor import DTensor
 
+from engine.stopping import gather_or_stop
+
 COMPUTE = {"bf16": torch.bfloat16, "fp16": torch.float16}  # by the name of Accelerate's mixed precision
+# How long a rank waits for another. One whose episodes are long may sample for an hour while the others wait, and NCCL
+# would give up after ten minutes. When a rank dies, the launcher ends the others at once.
+PATIENCE = timedelta(hours=4)
+
+# ------------------------------------------------------------------------------------------------------------- start
+
+
+def start_ranks(threads: int, fsdp: bool = False, **options) -> Accelerator:
+    """This process as one of the ranks that the launcher started; options go to Accelerator.
+
+    threads: of this process on the CPU; 0: see `cpu_threads`.  fsdp: models will be divided among the ranks.
+    Exits if N processes were launched but did not find each other; each would train the whole run.
+    """
+    if os.environ.get("ACCELERATE_USE_FSDP") == "true" and not fsdp:
+        raise SystemExit("this launcher's configuration shards models in its own way: use runs/accelerate, and --fsdp")
+    # Without a GPU the ranks find each other only if they are told to stay on the CPU.
+    options |= {"cpu": not torch.cuda.is_available(), "kwargs_handlers": [InitProcessGroupKwargs(timeout=PATIENCE)]}
+    accelerator = sharding_accelerator(**options) if fsdp else Accelerator(**options)
+    launched = int(os.environ.get("WORLD_SIZE", 1))
+    if accelerator.num_processes != launched:
+        raise SystemExit(
+            f"{launched} processes were launched but {accelerator.num_processes} found each other; "
+            "on CPUs launch with: torchrun --nproc_per_node N train.py"
+        )
+    if accelerator.device.type == "cpu":
+        torch.set_num_threads(threads or cpu_threads(accelerator.num_processes))
+    return accelerator
+
+
+def cpu_threads(processes: int) -> int:
+    """The user's OMP_NUM_THREADS, or else this process's share of the cores that it may use."""
+    threads = os.environ.get("OMP_NUM_THREADS", "")
+    if threads == "1" and ("LOCAL_RANK" in os.environ or "ACCELERATE_MIXED_PRECISION" in os.environ):
+        # Launchers set 1 where the user set nothing. The launcher's own environment tells which of the two it was.
+        launcher = Path(f"/proc/{os.getppid()}/environ")  # on Linux
+        if not launcher.exists() or b"OMP_NUM_THREADS=1" not in launcher.read_bytes().split(b"\0"):
+            threads = ""
+    if threads.isdecimal() and int(threads):
+        return int(threads)
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
+    return max(1, cores // processes)
+
+
+@contextmanager
+def explain_out_of_memory(work: str, advice: str) -> Iterator[None]:
+    """Ends the program with one line, which gives the advice, if the memory of the GPU runs out within."""
+    try:
+        yield
+    except torch.OutOfMemoryError as error:
+        raise SystemExit(f"out of GPU memory while {work}: {advice}") from error
+
+
+# ---------------------------------------------------------------------------------------------------------- sampling
+
+
+def play_over_ranks(accelerator: Accelerator, jobs: Sequence, play: Callable[[Sequence], list]) -> list:
+    """The results of all jobs, in their order, on every rank; all ranks call this together.
+
+    play: plays this rank's share of the jobs, every n-th of them, and returns one result for each.
+    Raises Stopped on every rank if one of them was asked to stop.
+    """
+    mine = range(accelerator.process_index, len(jobs), accelerator.num_processes)
+    numbered = gather_or_stop(lambda: list(zip(mine, play([jobs[i] for i in mine]), strict=True)))
+    return [result for _, result in sorted(numbered, key=itemgetter(0))]
+
+
+@contextmanager
+def weights_for_sampling(accelerator: Accelerator, model: nn.Module) -> Iterator[None]:
+    """Within, every rank has whole weights, in the type that it computes in; all ranks enter together."""
+    shards = [module for module in model.modules() if isinstance(module, FSDPModule)]
+    for module in shards:
+        module.set_reshard_after_forward(False, recurse=False)
+        module.unshard()
+    try:
+        with sampling_weights(model, accelerator.mixed_precision):
+            yield
+    finally:
+        for module in shards:
+            module.set_reshard_after_forward(True, recurse=False)
+            module.reshard()
+
+
+@contextmanager
+def sampling_weights(model: nn.Module, mixed_precision: str) -> Iterator[None]:
+    """While this lasts, linear layers hold their weights in the type that mixed precision computes in.
+
+    Autocast casts their float32 weights in every forward pass, which costs a decode step more than its own work. Here
+    they are cast once, and the numbers are the same. The copy takes 2 bytes a parameter.  mixed_precision: as
+    Accelerate names it; nothing is done for "no".
+    """
+    dtype = COMPUTE.get(mixed_precision)
+    if dtype is None:
+        yield
+        return
+    layers = [layer for layer in model.modules() if isinstance(layer, nn.Linear) and layer.weight.dtype != dtype]
+    kept = [(layer, name, weight) for layer in layers for name, weight in layer.named_parameters(recurse=False)]
+    try:
+        for layer, name, weight in kept:
+            setattr(layer, name, nn.Parameter(weight.detach().to(dtype), requires_grad=False))
+        with torch.autocast(model.device.type, dtype):
+            yield
+    finally:
+        for layer, name, weight in kept:
+            setattr(layer, name, weight)
+
+
+# ---------------------------------------------------------------------------------------------------------- sharding
 
 
 def sharding_accelerator(**options) -> Accelerator:
@@ -62,28 +176,13 @@ def prepare_frozen(accelerator: Accelerator, model: nn.Module) -> nn.Module:
     if not accelerator.is_fsdp2:
         return accelerator.prepare_model(model, evaluation_mode=True)
     model = fsdp2_prepare_model(accelerator, model)
-    model.set_reshard_after_forward(True)  # lm_head, too: no backward pass comes that would drop its weights
+    model.set_reshard_after_forward(True)  # also for lm_head: no backward pass would free its gathered weights
     return model
 
 
-def whole(value: Tensor) -> float:
-    """A number of which each rank may hold a part, such as the norm of all gradients."""
+def to_float(value: Tensor) -> float:
+    """A scalar that may be a sharded DTensor, such as the norm of all gradients, as a float."""
     return float(value.full_tensor() if isinstance(value, DTensor) else value)
-
-
-@contextmanager
-def gathered(model: nn.Module) -> Iterator[None]:
-    """Within, every rank has whole weights, in the type that it computes in; all ranks enter together."""
-    shards = [module for module in model.modules() if isinstance(module, FSDPModule)]
-    for module in shards:
-        module.set_reshard_after_forward(False, recurse=False)
-        module.unshard()
-    try:
-        yield
-    finally:
-        for module in shards:
-            module.set_reshard_after_forward(True, recurse=False)
-            module.reshard()
 
 
 # ------------------------------------------------------------------------------------------------------- checkpoints
@@ -117,7 +216,7 @@ def load_shards(folder: Path, model: nn.Module, optimizer: AcceleratedOptimizer)
 
 def _state(model: nn.Module, optimizer: AcceleratedOptimizer) -> dict[str, dict]:
     if not optimizer.state:
-        # torch makes the moments that are missing by a step without gradient and learning rate, and counts that step.
+        # get_state_dict creates missing Adam moments with a zero step, which increments `step`; reset it.
         get_state_dict(model, optimizer.optimizer)
         for moments in optimizer.state.values():
             moments["step"].zero_()

@@ -11,36 +11,23 @@ import sys
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass
+from dataclasses import asdict
 from pathlib import Path
 
 import torch
 from accelerate import Accelerator
 from accelerate.utils import gather_object
 from filelock import FileLock, Timeout
-from torch import Tensor
 from tqdm import tqdm
 
 from config import TrainConfig
+from empg import Modulation
 from engine.figures import draw_curves, read_metrics
-from episode import Episode, transcript
+from episode import Batch, Episode, save_episodes, transcript
 
 
-class RecordError(Exception):
-    """A file of the run cannot be written or read; the message is one line for the user."""
-
-
-@dataclass(frozen=True)
-class Modulation:
-    """The (B, S) tensors that an iteration was trained with. Metrics, transcripts and pages show these very tensors."""
-
-    base: Tensor  # (B,), the group-relative advantage of each episode
-    entropy: Tensor  # nats
-    valid: Tensor  # bool, False where an episode has no such step
-    norm_entropy: Tensor  # in [0, 1]
-    g: Tensor  # 1 without EMPG
-    f: Tensor  # 0 without EMPG
-    advantage: Tensor  # what entered the loss
+class RecordError(SystemExit):
+    """A file of the run cannot be written or read. Ends the program with its message, one line, unless it is caught."""
 
 
 # --------------------------------------------------------------------------------------------------------- metrics
@@ -80,37 +67,38 @@ def step_metrics(modulation: Modulation) -> dict:
 
 
 def update_metrics(sums: dict[str, float]) -> dict:
-    """From this rank's sums over its tokens and its optimizer steps; every rank takes the same steps."""
+    """Policy metrics, from the sums of `update`. Token sums are added over ranks; all ranks take the same optimizer
+    steps."""
     parts = gather_object([dict(sums)])
     total, steps = {name: sum(part[name] for part in parts) for name in sums}, sums["optimizer_steps"]
-    row = {"policy/loss": total["loss"] / steps}  # a rank's loss is its share of the whole
-    row |= {f"policy/{name}": sums[name] / steps for name in ("grad_norm", "learning_rate")}
-    row["policy/kl_rollout"] = total["kl_rollout"] / max(1, total["rollout_tokens"])
+    metrics = {"policy/loss": total["loss"] / steps}  # a rank's loss is its share of the whole
+    metrics |= {f"policy/{name}": sums[name] / steps for name in ("grad_norm", "learning_rate")}
+    metrics["policy/kl_rollout"] = total["kl_rollout"] / max(1, total["rollout_tokens"])
     by_token = [name for name in ("clip_low", "clip_high", "kl_old", "kl_ref") if name in sums]
-    return row | {f"policy/{name}": total[name] / total["tokens"] for name in by_token}
+    return metrics | {f"policy/{name}": total[name] / total["tokens"] for name in by_token}
 
 
 def eval_metrics(summary: dict) -> dict:
     """A summary of eval.py as flat metrics."""
-    row = {f"eval/{name}": value for name, value in summary.items() if name != "task_types"}
-    return row | {f"eval/success/{name}": part["success"] for name, part in summary["task_types"].items()}
+    metrics = {f"eval/{name}": value for name, value in summary.items() if name != "task_types"}
+    return metrics | {f"eval/success/{name}": part["success"] for name, part in summary["task_types"].items()}
 
 
-def modulated(episodes: list[Episode], modulation: Modulation, tokenizer) -> list[dict]:
+def modulated(episodes: list[Episode], credit: Modulation, tokenizer) -> list[dict]:
     """The episodes as objects of JSON, with the text of each sampled token and with what their steps were trained with.
 
-    "modulation" has the episode's base advantage and, for each step, norm_entropy, g, f and the final advantage.
+    "modulation" has the episode's base advantage and, for each step, entropy, norm_entropy, g, f and final advantage.
     """
-    rows = []
+    lines = []
     for i, episode in enumerate(episodes):
         sampled = [[token] for token, step in zip(episode.ids, episode.step_ids, strict=True) if step >= 0]
         of_steps = {
-            name: getattr(modulation, name)[i, : len(episode.steps)].tolist()
-            for name in ("norm_entropy", "g", "f", "advantage")
+            name: getattr(credit, name)[i, : len(episode.steps)].tolist()
+            for name in ("entropy", "norm_entropy", "g", "f", "advantage")
         }
-        row = {"tokens": tokenizer.batch_decode(sampled), "modulation": {"base": float(modulation.base[i]), **of_steps}}
-        rows.append(asdict(episode) | row)
-    return rows
+        own = {"tokens": tokenizer.batch_decode(sampled), "modulation": {"base": float(credit.base[i]), **of_steps}}
+        lines.append(asdict(episode) | own)
+    return lines
 
 
 # ----------------------------------------------------------------------------------------------------------- files
@@ -121,7 +109,7 @@ class Record:
 
     def __init__(self, config: TrainConfig, accelerator: Accelerator):
         self.config, self.accelerator, self.out = config, accelerator, Path(config.out)
-        self.started, self.seconds = time.perf_counter(), {}
+        self.started, self.seconds, self.warned = time.perf_counter(), {}, False
         if accelerator.is_main_process:
             for folder in (self.out / "transcripts", self.out / "episodes", Path(config.cache)):
                 require_writable(folder)
@@ -132,15 +120,14 @@ class Record:
                 raise RecordError(f"another run is writing to {self.out}; choose another folder with --out") from None
 
     def begin(self, last: int) -> None:
-        """Write down what this run is, and forget the rows after iteration `last`: they will come again.
-
-        last: of the rows that are kept; -1 for none.
-        """
+        """Write config.json, and delete the rows after iteration `last`; the resumed run writes them again. -1 deletes
+        all."""
         main = self.accelerator.is_main_process
         silent = {} if main else {"disable": True}  # not given on the main process, where TQDM_DISABLE decides
         self.progress = tqdm(
             total=self.config.iterations, initial=max(0, last), desc="train", unit="iteration", **silent
         )
+        self.shown: dict[str, str] = {}  # beside the bar
         flat = asdict(self.config) | {"env_args": " ".join(self.config.env_args)}
         try:
             self.accelerator.init_trackers("empg", flat)
@@ -164,7 +151,12 @@ class Record:
         now = time.perf_counter()
         self.seconds[name], self.started = now - self.started, now
 
-    def row(self, iteration: int, metrics: dict) -> None:
+    def say(self, line: str) -> None:
+        """Print a line above the bar."""
+        if self.accelerator.is_main_process:
+            tqdm.write(line)
+
+    def metrics(self, iteration: int, metrics: dict) -> None:
         """One line each for metrics and timings. Timings have a file of their own, so that metrics are reproducible."""
         self.lap("record")
         self.accelerator.log(metrics, step=iteration)
@@ -172,19 +164,33 @@ class Record:
             for name, content in (("metrics.jsonl", metrics), ("timings.jsonl", self.seconds)):
                 with reporting(self.out / name), (self.out / name).open("a") as file:
                     file.write(json.dumps({"iteration": iteration} | content) + "\n")
+        names = {"success": "group/success", "held_out": "eval/success", "H": "entropy/mean"}
+        self.shown |= {name: f"{metrics[key]:.2f}" for name, key in names.items() if key in metrics}
+        if metrics.get("group/zero_std_frac") == 1 and self.config.empg and not self.warned:
+            self.warned = True
+            self.say(
+                f"iteration {iteration}: all episodes of each group have the same reward, so only the bonus trains"
+            )
+        self.progress.set_postfix(self.shown)
         if iteration:
-            self.progress.set_postfix(success=f"{metrics.get('reward/success', float('nan')):.2f}")
             self.progress.update()
 
-    def episodes(self, iteration: int, episodes: list[Episode], modulation: Modulation, tokenizer) -> None:
+    def episodes(self, iteration: int, batch: Batch, credit: Modulation, tokenizer) -> None:
         """All episodes of an iteration with their modulation, and two of them as text, to be read: a success and a
         failure if there are both, with H and advantage of each step."""
+        episodes = batch.episodes
         chosen = [next((i for i, e in enumerate(episodes) if e.success == wanted), 0) for wanted in (True, False)]
-        texts = [transcript(episodes[i], modulation.advantage[i].tolist()) for i in chosen]
+        texts = [transcript(episodes[i], credit.entropy[i].tolist(), credit.advantage[i].tolist()) for i in chosen]
         if self.accelerator.is_main_process:
             self._replace(f"transcripts/{iteration:06d}.txt", "\n".join(texts))
-            rows = modulated(episodes, modulation, tokenizer)
-            self._replace(f"episodes/{iteration:06d}.jsonl", "".join(json.dumps(row) + "\n" for row in rows))
+            lines = modulated(episodes, credit, tokenizer)
+            self._replace(f"episodes/{iteration:06d}.jsonl", "".join(json.dumps(line) + "\n" for line in lines))
+
+    def not_finite(self, iteration: int, episodes: list[Episode]) -> str:
+        """Keep the episodes whose loss or gradient is not finite; returns the line that the run ends with."""
+        path = self.out / f"not_finite_{iteration:06d}.jsonl"
+        save_episodes(path, episodes)
+        return f"stopped in iteration {iteration}: loss or gradient is not finite; its episodes are in {path}"
 
     def result(self, summaries: dict) -> None:
         """The first and the last evaluation as JSON, and the learning curves."""

@@ -1,26 +1,30 @@
 """Stopping a run early without losing work: Ctrl-C, or the SIGTERM of a cluster that takes a machine back.
 
 While a run samples, nothing changes that a checkpoint holds, and the episodes can be sampled again from their seeds. So
-sampling is broken off at once. An update is completed first. Either way all ranks stop at the same place, save, and
+sampling is aborted at once. An update is completed first. Either way all ranks stop at the same place, save, and
 end; `--resume` gives the metrics and the weights of a run that was never stopped.
 """
 
 import os
 import signal
+import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
 
 from accelerate.utils import gather_object
 
 
 class Stopped(BaseException):
-    """The run was asked to stop. It is no Exception: what catches an environment's errors must let it pass."""
+    """The run was asked to stop. A BaseException: `except Exception` around environments must not swallow it."""
 
 
 class StopRequest:
     """The signal handlers of a run, until `close`. The first signal asks the run to stop, a second Ctrl-C ends it."""
 
     def __init__(self):
+        self.save: Callable[[], Path] | None = None  # writes a checkpoint; None while a run is prepared
         self.since: float | None = None  # seconds on the monotonic clock, when the run was asked
         self.sampling = False
         self._before = {number: signal.signal(number, self._ask) for number in (signal.SIGINT, signal.SIGTERM)}
@@ -38,6 +42,8 @@ class StopRequest:
             raise KeyboardInterrupt
         if self.since is None:
             self.since = time.monotonic()
+            if self.save is None:
+                raise KeyboardInterrupt
             # Not print: the signal may have come in the middle of one, and a buffer cannot be entered twice.
             os.write(2, b"stopping, and saving first; Ctrl-C once more stops at once\n")
             if self.sampling:
@@ -47,11 +53,34 @@ class StopRequest:
 _current: list[StopRequest] = []  # the open one, if there is one; signal handlers belong to the process, too
 
 
-def play_together(play: Callable[[], list]) -> list:
+@contextmanager
+def stoppable(out: Path) -> Iterator[StopRequest]:
+    """Within, a signal or the loss of another rank ends the program with one line, and with a checkpoint if there is
+    something to save: what `save` of the request is set to.  out: the folder of the run."""
+    request = StopRequest()
+    try:
+        yield request
+    except Stopped:
+        raise SystemExit(f"stopped, {request.save()} is complete; resume with --resume") from None
+    except KeyboardInterrupt:
+        saved = any(out.glob("checkpoint-*"))
+        what = "the last checkpoint is complete; resume with --resume" if saved else "nothing was saved yet"
+        raise SystemExit(f"stopped; {what}") from None
+    except RuntimeError as error:
+        if not _lost_a_rank(error):
+            raise
+        # Print before `finally` restores the signal handlers: torchrun sends SIGTERM to the other ranks at once.
+        print("another process of this run has ended; resume from the last checkpoint with --resume", file=sys.stderr)
+        raise SystemExit(1) from None
+    finally:
+        request.close()
+
+
+def gather_or_stop(play: Callable[[], list]) -> list:
     """What `play` returns on each rank, as one list, the same on all ranks; they must call this together.
 
-    play: samples, and changes nothing that a checkpoint holds.  Raises Stopped on every rank if one was asked to stop:
-    that rank breaks off `play` and hands in a None. It must hand in something, because the others wait for it.
+    play: samples, and changes nothing that a checkpoint holds.  Raises Stopped on every rank if one was asked to stop.
+    gather_object is collective, so a rank that stops contributes a None.
     """
     if not _current:  # evaluations outside of a run
         return gather_object(play())
@@ -68,6 +97,6 @@ def play_together(play: Callable[[], list]) -> list:
     return everything
 
 
-def lost_a_rank(error: RuntimeError) -> bool:
-    """Whether a collective call failed because another rank has ended. NCCL's words were not met in a test of ours."""
+def _lost_a_rank(error: RuntimeError) -> bool:
+    """Whether a collective call failed because another rank has ended. NCCL's message is untested."""
     return any(words in str(error) for words in ("by peer", "Broken pipe", "remote process exited"))

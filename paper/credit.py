@@ -21,6 +21,7 @@ import json
 import shlex
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, field, replace
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -29,21 +30,22 @@ from accelerate import Accelerator
 from scipy import stats
 
 from config import TrainConfig, parse_config
-from empg import aggregate, loss_normalizer
+from empg import Modulation, aggregate, loss_normalizer, step_entropy
 from engine.checkpoint import checkpoint_path
 from engine.record import modulated, revision
 from engine.scorer import make_scorable
 from envs import Env
-from episode import Episode, Task, collate
+from episode import Batch, Episode, Task, collate
 from eval import open_envs
-from paper.study import METHODS, ROOT, machine, rounded
+from paper.rows import METHODS
+from paper.study import ROOT, credit_of, machine, rounded
 from paper.value import play_continuations, values
-from policy import Policy, PolicyError, load_policy
+from policy import Policy, load_policy
 from rollout import rollout
-from train import assign_credit
+from train import assign_credit, score
 from update import sampled_logp
 
-FIRST_TASK = 10**8  # training tasks from here on, where tasks never end: no run comes so far
+FIRST_TASK = 10**8  # beyond every task that a run trains on, where a world has a task for every seed
 COMPARED = [
     "grpo",
     "grpo_scaling",
@@ -82,7 +84,10 @@ def bootstrap(statistic: Callable[[np.ndarray], float], group: np.ndarray, resam
     statistic: takes the places of the entries to use, some of them several times.  group: (n,), of each entry.
     """
     members = [np.flatnonzero(group == number) for number in np.unique(group)]
-    of = lambda chosen: statistic(np.concatenate([members[i] for i in chosen]))  # noqa: E731
+
+    def of(chosen: np.ndarray) -> float:
+        return statistic(np.concatenate([members[i] for i in chosen]))
+
     numbers = np.arange(len(members))
     drawn = stats.bootstrap((numbers,), of, n_resamples=resamples, vectorized=False, method="percentile", rng=0)
     return [float(of(numbers)), float(drawn.confidence_interval.low), float(drawn.confidence_interval.high)]
@@ -108,7 +113,10 @@ def agreement(
         "spearman": lambda a, b: stats.spearmanr(a, b).statistic,
         "sign": same_sign,
     }
-    measure = lambda method, name, rows: measures[name](given[method][rows], true[rows])  # noqa: E731
+
+    def measure(method: str, name: str, rows: np.ndarray) -> float:
+        return measures[name](given[method][rows], true[rows])
+
     return against_first(list(given), list(measures), measure, group, resamples)
 
 
@@ -119,16 +127,16 @@ def against_first(
     group: np.ndarray,
     resamples: int,
 ) -> dict[str, dict[str, list[float]]]:
-    """Each measure of each method, and its gain over the first method on the same groups; with intervals."""
+    """Bootstrap estimate of each measure, and of its difference to the first method."""
     table: dict[str, dict[str, list[float]]] = {}
     for method in methods:
         table[method] = {}
         for name in names:
-            own = lambda rows, m=method, n=name: measure(m, n, rows)  # noqa: E731
-            gain = lambda rows, m=method, n=name: measure(m, n, rows) - measure(methods[0], n, rows)  # noqa: E731
+            own, base = partial(measure, method, name), partial(measure, methods[0], name)
             table[method][name] = bootstrap(own, group, resamples)
             if method != methods[0]:
-                table[method][f"{name}_gain"] = bootstrap(gain, group, resamples)
+                gain = bootstrap(lambda rows, a=own, b=base: a(rows) - b(rows), group, resamples)
+                table[method][f"{name}_gain"] = gain
     return table
 
 
@@ -198,7 +206,7 @@ def gradient_measures(
     true, groups = len(methods) - 1, products.shape[1]
 
     def expected(a: int, b: int, rows: np.ndarray, number: float) -> float:
-        """Product of the mean gradients of `number` groups: a pair is the same group once in `number`; inf: never."""
+        """Expected product of two gradients, each a mean over `number` groups, that share each group (inf: none)."""
         block, different = products[a][:, b][np.ix_(rows, rows)], rows[:, None] != rows
         return float(block[different].mean() * (1 - 1 / number) + block.diagonal().mean() / number)
 
@@ -217,11 +225,11 @@ def gradient_measures(
 # ------------------------------------------------------------------------------------------------------------- the row
 
 
-def method_config(config: TrainConfig, method: str) -> TrainConfig:
-    """The configuration of a run with another method's flags."""
-    flags = ("empg", "k", "k_future", "zeta", "normalization", "bonus_in_all_groups")
+def modulated_as(method: str, config: TrainConfig, batch: Batch) -> Modulation:
+    """What the steps of a batch would be trained with by a method; `config` is that of any run."""
     other = parse_config(TrainConfig, shlex.split(METHODS[method].flags))
-    return replace(config, **{flag: getattr(other, flag) for flag in flags})
+    config = replace(config, **{flag: getattr(other, flag) for flag in ("empg", "k", "k_future", "zeta")})
+    return credit_of(method)(config, batch, score(config, batch), *step_entropy(batch.token_entropy, batch.step_ids))
 
 
 def measure_credit(
@@ -232,8 +240,7 @@ def measure_credit(
     available = envs[0].size("train")
     numbers = [FIRST_TASK + i if available is None else i % available for i in range(groups)]
     tasks = [Task(config.env, "train", number) for number in numbers for _ in range(size)]
-    limits = {name: getattr(config, name) for name in ("temperature", "max_step_tokens", "max_tokens")}
-    episodes = rollout(policy, envs, tasks, [(config.seed, 1, i) for i in range(len(tasks))], **limits)
+    episodes = rollout(policy, envs, tasks, [(config.seed, 1, i) for i in range(len(tasks))], **config.limits)
     outcomes = play_continuations(policy, envs, episodes, credit.continuations, config)
     value, *of_halves = (
         values(episodes, [rows[:, part] for rows in outcomes])
@@ -244,13 +251,15 @@ def measure_credit(
     if not true.any():
         raise SystemExit(f"no credit to measure: all {len(episodes)} episodes and all continuations ended alike")
     group = np.concatenate([np.full(len(e.steps), i // size) for i, e in enumerate(episodes)])
-    entropy = np.array([step.entropy for episode in episodes for step in episode.steps])
 
     # The statistics of EMPG run over a batch as large as in training.
     batches = np.split(np.arange(len(episodes)), credit.batches)
     collated = [collate([episodes[i] for i in rows], policy.device) for rows in batches]
-    made = {name: [assign_credit(method_config(config, name), part) for part in collated] for name in COMPARED}
-    flat = lambda name, what: np.concatenate([getattr(m, what)[m.valid].cpu() for m in made[name]])  # noqa: E731
+    made = {name: [modulated_as(name, config, part) for part in collated] for name in COMPARED}
+
+    def flat(name: str, what: str) -> np.ndarray:
+        return np.concatenate([getattr(m, what)[m.valid].cpu() for m in made[name]])
+
     given = {name: flat(name, "advantage") for name in COMPARED}
     products = gradient_products(policy, episodes, [*given.values(), true], config)
     methods = [*given, "true"]
@@ -261,14 +270,16 @@ def measure_credit(
         "success": float(np.mean([episode.success for episode in episodes])),
         "mean_norm_entropy": float(flat("grpo", "norm_entropy").mean()),
         "halves": bootstrap(lambda rows: stats.pearsonr(*halves[:, rows]).statistic, group, credit.resamples),
-        "credit_by_entropy": credit_by_entropy(entropy, halves, group, credit.resamples),
+        "credit_by_entropy": credit_by_entropy(flat("grpo", "entropy"), halves, group, credit.resamples),
         "f": agreement({"f": flat("grpo_empg", "f")}, true, group, credit.resamples)["f"],
         "credit": agreement(given, true, group, credit.resamples),
         "update": gradient_measures(methods, products, config.tasks_per_iteration, credit.resamples),
     }
     kept = []
-    for rows, part in zip(batches, [assign_credit(config, part) for part in collated], strict=True):
-        kept += modulated([episodes[i] for i in rows], part, policy.tokenizer)
+    for part in collated:
+        entropy, valid = step_entropy(part.token_entropy, part.step_ids)
+        own = assign_credit(config, part, score(config, part), entropy, valid)
+        kept += modulated(part.episodes, own, policy.tokenizer)
     for entry, v in zip(kept, value, strict=True):
         entry["credit"] = {"value": v.tolist(), "true_advantage": np.diff(v).tolist()}
         entry["credit"]["continuations"] = credit.continuations
@@ -295,7 +306,7 @@ def main() -> None:
     credit = parse_config(CreditConfig)
     try:
         run_credit(credit)
-    except (OSError, ValueError, PolicyError) as error:
+    except (OSError, ValueError) as error:
         raise SystemExit(f"paper.credit: {error}") from error
 
 

@@ -5,7 +5,6 @@ Every function takes policies, episodes or the folder of a run, and returns plai
 
 import json
 from collections.abc import Iterable
-from dataclasses import fields
 from pathlib import Path
 
 import numpy as np
@@ -17,7 +16,7 @@ from config import TrainConfig
 from empg import expected_score_norm, kl_k3, step_entropy, token_logp_and_entropy
 from engine.checkpoint import checkpoints
 from envs import held_out_splits
-from episode import Episode, Step, Task, collate
+from episode import Episode, collate, load_episodes
 from eval import evaluate, first_tasks, has_tasks, open_envs, summarize
 from policy import Policy, load_policy
 
@@ -40,7 +39,7 @@ def measure(config: TrainConfig, tasks: int) -> dict:
     played = evaluate(last, envs, held_out, config, accelerator)
     parts = {split: [episode for episode in played if episode.task.split == split] for split in splits}
     texts = evaluate(first, envs, held_out[:TEXTS], config, accelerator)
-    kept = {int(path.stem): kept_episodes(path) for path in sorted((run / "episodes").glob("*.jsonl"))}
+    kept = {int(path.stem): load_episodes(path) for path in sorted((run / "episodes").glob("*.jsonl"))}
     # The policy that sampled the episodes of iteration t has taken the updates of t - 1 iterations.
     drift = [[iteration - 1, kl_to(first, episodes)] for iteration, episodes in kept.items()]
     drift.append([config.iterations, kl_to(first, played[:TEXTS])])
@@ -51,15 +50,6 @@ def measure(config: TrainConfig, tasks: int) -> dict:
         "norm_entropy": norm_entropy_histogram(run),
         "score_norm": score_norm_points(texts, first),
     }
-
-
-def kept_episodes(path: Path) -> list[Episode]:
-    """The episodes of a file that a run keeps, without what is kept beside them."""
-    names = [field.name for field in fields(Episode)]
-    rows = [json.loads(line) for line in path.read_text().splitlines()]
-    for row in rows:
-        row["task"], row["steps"] = Task(**row["task"]), [Step(**step) for step in row["steps"]]
-    return [Episode(**{name: row[name] for name in names}) for row in rows]
 
 
 @torch.inference_mode()

@@ -5,10 +5,9 @@
     python -m paper.study --world house --methods grpo --seeds 3 --results /tmp/again.jsonl       one row again
 
 A row is one training run and what was measured of it, a line in docs/results/WORLD.jsonl. Rows that are there are not
-run again, so a study that was stopped goes on with the same command. As many runs are made at once as there are cores,
-each with one thread. The same row comes out on every machine of one kind, and another one on another kind. So a seed
-that another kind of machine began and did not finish is begun anew. docs/protocol.md says what was fixed before the
-first row.
+run again, so a study that was stopped is resumed by the same command. As many runs are made at once as there are cores,
+each with one thread. Rows repeat exactly on one CPU type. A seed half done on another type is run again here, all
+methods. docs/protocol.md says what was fixed before the first row.
 """
 
 import json
@@ -19,8 +18,9 @@ import shlex
 import shutil
 import sys
 import time
+from collections.abc import Callable
 from concurrent.futures import ProcessPoolExecutor, as_completed
-from contextlib import nullcontext, redirect_stderr, redirect_stdout
+from contextlib import redirect_stderr, redirect_stdout
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -29,10 +29,12 @@ import transformers
 from tqdm import tqdm
 
 from config import TrainConfig, parse_config
+from empg import Modulation
+from paper.beyond import CREDIT
 from paper.measure import measure
 from paper.rows import MAIN, METHODS, STUDY_GAMES, WORLDS, Row, read_file
-from paper.value import training_on_the_truth
-from train import train
+from paper.value import TrueCredit
+from train import assign_credit, train
 
 ROOT = Path(__file__).parents[1]
 
@@ -80,18 +82,22 @@ def train_flags(world: str, method: str, seed: int) -> list[str]:
     return shlex.split(f"{WORLDS[world].flags} --seed {seed} --threads 1 {METHODS[method].flags}")
 
 
+def credit_of(method: str) -> Callable[..., Modulation]:
+    """The credit assignment of a method."""
+    return TrueCredit(CONTINUATIONS) if method == "grpo_true" else CREDIT.get(method, assign_credit)
+
+
 def run_row(world: str, method: str, seed: int, out: str) -> dict:
     """Train and measure, in a process of its own whose output goes to a file."""
     run = Path(out) / world / method / str(seed)
-    shutil.rmtree(run, ignore_errors=True)  # what is left of a run that was broken off
+    shutil.rmtree(run, ignore_errors=True)  # what is left of a run that was stopped
     run.mkdir(parents=True)
     transformers.utils.logging.disable_progress_bar()
     flags = [*train_flags(world, method, seed), "--eval_tasks", "8", "--checkpoint_every", "1000", "--out", str(run)]
     started = time.perf_counter()
     with (run / "log.txt").open("w") as log, redirect_stdout(log), redirect_stderr(log):
         config = parse_config(TrainConfig, flags)
-        with training_on_the_truth(CONTINUATIONS) if method == "grpo_true" else nullcontext():
-            train(config)
+        train(config, credit_of(method))
         trained = time.perf_counter()
         measured = measure(config, TASKS[world])
     metrics = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]

@@ -4,25 +4,26 @@ The policy's own tokens are the context, and the world is replayed to that state
 true advantage of step t is V(s_t+1) - V(s_t); after the last step V is the outcome.
 """
 
-from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import replace
 
 import numpy as np
 import torch
+from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 from tqdm import tqdm
 
-import train
 from config import TrainConfig
-from engine.record import Modulation
+from empg import Modulation
 from envs import Env
 from episode import Batch, Episode, replay
+from eval import open_envs
 from policy import Policy
 from rollout import play_on
+from train import assign_credit
+from update import Learner
 
 
-def begun(env: Env, episode: Episode, step: int) -> Episode:
+def replay_to(env: Env, episode: Episode, step: int) -> Episode:
     """The episode up to the response of this step, with the environment replayed to that state.
 
     Raises ValueError if the world answers otherwise than it did.
@@ -41,12 +42,11 @@ def play_continuations(
     jobs = [(i, t, k) for i, e in enumerate(episodes) for t in range(len(e.steps)) for k in range(number)]
     jobs.sort(key=lambda job: episodes[job[0]].steps[job[1]].start)  # equally long ones play together
     outcomes = [np.zeros((len(episode.steps), number)) for episode in episodes]
-    limits = {name: getattr(config, name) for name in ("temperature", "max_step_tokens", "max_tokens")}
     for first in tqdm(range(0, len(jobs), len(envs)), desc="continuations", unit="batch", delay=2):
         part = jobs[first : first + len(envs)]
-        starts = [begun(env, episodes[i], t) for env, (i, t, _) in zip(envs, part, strict=False)]
+        starts = [replay_to(env, episodes[i], t) for env, (i, t, _) in zip(envs, part, strict=False)]
         seeds = [(config.seed, 2, *job) for job in part]
-        for (i, t, k), played in zip(part, play_on(policy, envs, starts, seeds, **limits), strict=True):
+        for (i, t, k), played in zip(part, play_on(policy, envs, starts, seeds, **config.limits), strict=True):
             outcomes[i][t, k] = played.success
     return outcomes
 
@@ -63,30 +63,23 @@ def values(episodes: list[Episode], outcomes: list[np.ndarray]) -> list[np.ndarr
     ]
 
 
-@contextmanager
-def training_on_the_truth(continuations: int) -> Iterator[None]:
-    """While this lasts, `train.train` gives every step its true advantage: the most that credit for steps can do.
+class TrueCredit:
+    """Credit for `train.train`: every step has its true advantage, an upper bound for step credit.
 
     continuations: plays on from before every step. The advantages are scaled so that their root mean square over the
     steps of the batch is GRPO's, because the learning rate and the clipping of gradients were chosen for that.
     """
-    sample_groups, assign_credit, played = train.sample_groups, train.assign_credit, {}
 
-    def remember(config: TrainConfig, learner, envs: list[Env], next_task: int) -> tuple[list[list[Episode]], dict]:
-        groups, row = sample_groups(config, learner, envs, next_task)
-        played.update(policy=learner.policy, envs=envs, episodes=[episode for group in groups for episode in group])
-        return groups, row
+    def __init__(self, continuations: int):
+        self.continuations, self.envs = continuations, []
 
-    def assign(config: TrainConfig, batch: Batch) -> Modulation:
-        given, episodes = assign_credit(config, batch), played["episodes"]
-        outcomes = play_continuations(played["policy"], played["envs"], episodes, continuations, config)
-        true = [torch.from_numpy(np.diff(value)).float() for value in values(episodes, outcomes)]
-        advantage = pad_sequence(true, batch_first=True).to(batch.ids.device)  # (B, S)
-        norms = [part[given.valid].square().mean().sqrt() for part in (given.advantage, advantage)]
-        return replace(given, advantage=advantage * norms[0] / norms[1].clamp(min=1e-6))
-
-    train.sample_groups, train.assign_credit = remember, assign
-    try:
-        yield
-    finally:
-        train.sample_groups, train.assign_credit = sample_groups, assign_credit
+    def __call__(
+        self, config: TrainConfig, batch: Batch, advantage: Tensor, entropy: Tensor, valid: Tensor, learner: Learner
+    ) -> Modulation:
+        given = assign_credit(config, batch, advantage, entropy, valid)
+        self.envs = self.envs or open_envs(config, config.batch_size, ["train"])
+        outcomes = play_continuations(learner.policy, self.envs, batch.episodes, self.continuations, config)
+        true = [torch.from_numpy(np.diff(value)).float() for value in values(batch.episodes, outcomes)]
+        true = pad_sequence(true, batch_first=True).to(batch.ids.device)  # (B, S)
+        norms = [part[given.valid].square().mean().sqrt() for part in (given.advantage, true)]
+        return replace(given, advantage=true * norms[0] / norms[1].clamp(min=1e-6))

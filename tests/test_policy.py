@@ -86,10 +86,10 @@ def test_no_text_becomes_a_special_token_and_each_is_decoded_to_itself(talker, d
     texts = [f"a {name}{name} b" for name in names] + ["".join(names)]
     for _ in range(2):  # turn() in between encodes the template, where the names do count
         assert not special_ids(talker) & {i for ids in talker.encode(texts) for i in ids}
-        empty, full = (talker.turn([text])[0] for text in ("", "".join(names)))
+        empty, full = (talker.between([text])[0] for text in ("", "".join(names)))
         count = lambda ids: sum(i in special_ids(talker) for i in ids)  # noqa: E731
         assert count(full) == count(empty) > 0
-        assert count(talker.opening("".join(names), ["".join(names)])[0]) == count(talker.opening("", [""])[0]) > 0
+        assert count(talker.prompt("".join(names), ["".join(names)])[0]) == count(talker.prompt("", [""])[0]) > 0
     texts += ODD_TEXTS + dialogues[0]
     assert [talker.decode(ids) for ids in talker.encode(texts)] == [text.strip() for text in texts]
 
@@ -130,12 +130,12 @@ def test_no_think_block_is_inserted_and_a_sampled_one_stays(dialogues):
 def test_ids_are_those_of_the_template(talker, dialogues):
     """Templates that drop or rewrite earlier turns give ids that the policy never saw; here each prefix is checked."""
     for texts in dialogues:
-        opening = talker.opening(texts[0], [texts[1], "another"])[0]
+        opening = talker.prompt(texts[0], [texts[1], "another"])[0]
         assert opening == rendered(talker, texts[:2], open_response=True)
         for n in range(4, len(texts) + 1, 2):
             ids, _ = talker.dialogue(texts[:n])
             assert ids == rendered(talker, texts[:n], open_response=True)
-            turn = talker.turn(["another", texts[n - 1]])[1]
+            turn = talker.between(["another", texts[n - 1]])[1]
             assert ids[-len(turn) :] == turn
         complete, _ = talker.dialogue(texts)  # ends with a response, so without what follows its stop token
         assert rendered(talker, texts, open_response=False)[: len(complete)] == complete

@@ -134,7 +134,7 @@ def test_a_scripted_episode_token_by_token():
     """The stop token is sampled, so it is trained; masked by the id of the padding, which it shared, it never was."""
     policy = scripted({0: [WAIT, WIN]})
     episode = perform(policy)[0]
-    opening, turn = policy.opening("Win.", ["task 0"])[0], policy.turn(["Go on."])[0]
+    opening, turn = policy.prompt("Win.", ["task 0"])[0], policy.between(["Go on."])[0]
     wait, win = ([*ids, policy.stop_id] for ids in policy.encode([WAIT, WIN]))
     assert episode.ids == opening + wait + turn + win
     assert episode.step_ids == [-1] * len(opening) + [0] * len(wait) + [-1] * len(turn) + [1] * len(win)
@@ -305,7 +305,7 @@ def test_a_response_that_is_cut_off_is_closed_with_a_stop_token_that_was_not_sam
     first, second = episode.steps[:2]
     assert first.end - first.start == limit
     assert policy.stop_id not in episode.ids[first.start : first.end]
-    assert episode.ids[first.end : second.start] == [policy.stop_id, *policy.turn(["Go on."])[0]]
+    assert episode.ids[first.end : second.start] == [policy.stop_id, *policy.between(["Go on."])[0]]
     assert episode.step_ids[first.end] == -1
     exact = perform(policy, max_step_tokens=limit + 1)[0].steps[0]  # room for the stop token: it is the step's own
     assert exact.end - exact.start == limit + 1
@@ -327,7 +327,7 @@ def test_an_episode_is_truncated_when_the_next_response_might_not_fit():
 
 def test_an_episode_whose_first_observation_does_not_fit_has_no_steps_and_leaves_the_others_alone():
     policy = scripted({0: [WIN], 1: [WAIT, WIN]})
-    room = len(policy.opening(Toy.instructions, ["task 0"])[0]) + 40
+    room = len(policy.prompt(Toy.instructions, ["task 0"])[0]) + 40
     for episode in perform(policy, max_step_tokens=40, max_tokens=room - 1):
         assert (episode.steps, episode.truncated, episode.reward, episode.success) == ([], True, 0.0, False)
     assert policy.model.rows == []

@@ -9,12 +9,12 @@ import sys
 from itertools import chain
 from pathlib import Path
 
+import groups
 import pytest
 import torch
 from conftest import SMALL
 from safetensors.torch import load_file
 
-import groups
 import train
 import update
 from config import ALGORITHMS, TrainConfig, parse_config

@@ -111,7 +111,7 @@ def episode_of(reached: dict, policy: Policy) -> Episode:
     task = Task("house", "train", int(reached["task"]))
     prompt, info = env.reset(task.split, task.seed)
     episode = Episode(task, prompt, reward=float(reached["reward"]), info=info)
-    episode.insert(policy.opening(env.instructions, [prompt])[0])
+    episode.insert(policy.prompt(env.instructions, [prompt])[0])
     assert reached["prompt_ids"][reached["prompt_mask"] == 1].tolist() == episode.ids
     length = int(reached["completion_mask"].sum())
     ids, sampled = reached["completion_ids"][:length].tolist(), reached["tool_mask"][:length].tolist()
@@ -127,8 +127,8 @@ def episode_of(reached: dict, policy: Policy) -> Episode:
         episode.steps.append(Step("", action, observation, True, start, end, 0.0))
         done = terminated or truncated
         if not done:
-            start, end = end, end + len(policy.turn([observation])[0])
-            episode.insert(policy.turn([observation])[0])
+            start, end = end, end + len(policy.between([observation])[0])
+            episode.insert(policy.between([observation])[0])
             assert not any(sampled[start:end])
             assert ids[start:end] == episode.ids[-(end - start) :]
     assert end == length

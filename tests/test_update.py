@@ -4,6 +4,7 @@ import copy
 import math
 from types import SimpleNamespace
 
+import groups
 import pytest
 import torch
 from accelerate import Accelerator
@@ -11,7 +12,6 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import eval as evaluation
-import groups
 import train
 import update
 from config import TrainConfig

@@ -9,6 +9,7 @@ import sys
 import time
 from pathlib import Path
 
+import groups
 import pytest
 import torch
 from accelerate import tracking
@@ -18,7 +19,6 @@ from huggingface_hub import ModelCard
 from test_train import ROOT, flags_of, launch, rows, same_weights, write_checksums
 
 import eval as evaluation
-import groups
 import train
 from config import TrainConfig
 from engine import checkpoint
