@@ -1,13 +1,14 @@
-"""Tables and figures from the committed rows: the tables of README.md and docs/*.md, and docs/results/*.png.
+"""Tables and figures from the committed rows: the tables of docs/results.md and docs/tables.md, docs/results/*.png.
 
-    python -m paper.report            all of them, in a few seconds
-    python -m paper.report --check    change nothing; status 1 if a table is not what the rows give
+    python -m paper.report            write all of them, in a few seconds
+    python -m paper.report --check    write nothing; status 1 if a table differs from what the rows give
 
 A table stands between two marks, <!-- NAME --> and <!-- end -->. The sentences around it are written by hand.
 """
 
 import re
 from argparse import ArgumentParser, RawDescriptionHelpFormatter
+from functools import partial
 from pathlib import Path
 
 from scipy import stats
@@ -15,12 +16,15 @@ from scipy import stats
 from paper import pictures
 from paper.rows import (
     MAIN,
+    METHODS,
     TITLES,
     WORLDS,
+    Row,
     Study,
     area,
     collapsed,
     drift,
+    entropy_at_end,
     estimate,
     read_credit,
     read_rows,
@@ -28,17 +32,8 @@ from paper.rows import (
 )
 
 ROOT = Path(__file__).parents[1]
-DOCUMENTS = ("README.md", "docs/results.md", "docs/credit_tables.md")
+DOCUMENTS = ("docs/results.md", "docs/tables.md")
 SHOWN = (*MAIN, "dapo_centered")
-BEYOND = (
-    "grpo_empg",
-    "grpo_empg_rank",
-    "grpo_empg_mixed",
-    "grpo_empg_reversed",
-    "grpo_true",
-    "dapo_empg",
-    "dapo_empg_reversed",
-)
 # Success of Qwen2.5 in the paper, in percent: baseline -> with EMPG.
 PAPER = {
     ("alfworld", "grpo"): "65.6 → 73.7 (1.5B), 74.8 → 78.5 (7B)",
@@ -63,22 +58,8 @@ def studies() -> dict[str, Study]:
     return {world: Study(rows) for world in WORLDS if (rows := read_rows(world))}
 
 
-def success_table(methods: tuple[str, ...] = SHOWN) -> str:
-    """Success in the final evaluation, and the paired difference to the baseline, for every world with rows."""
-    rows = []
-    for world, study in studies().items():
-        for method in methods:
-            if not study.of(method):
-                continue
-            plain, difference = baseline(method), study.difference(method, baseline(method))
-            cells = [WORLDS[world].title, TITLES[method], study.mean(method).text()]
-            cells += ["" if method == plain else difference.text(sign=True)]
-            rows.append([*cells, str(len(study.of(method)) if method == plain else difference.seeds)])
-    return markdown(["world", "method", "success, %", "difference to the baseline, points", "seeds"], rows)
-
-
 def headline_table() -> str:
-    """EMPG against its baseline, beside the paper."""
+    """EMPG against its baseline, and what the paper reports."""
     rows = []
     for world, study in studies().items():
         for plain in ("grpo", "dapo"):
@@ -92,36 +73,40 @@ def headline_table() -> str:
     return markdown(head, rows)
 
 
+def methods_table() -> str:
+    """Success of every method that the headline does not have, minus the baseline and minus EMPG."""
+    rows = []
+    for world, study in studies().items():
+        for method in METHODS:
+            plain = baseline(method)
+            if not study.of(method) or method in (plain, f"{plain}_empg"):
+                continue
+            gains = [study.difference(method, other) for other in (plain, f"{plain}_empg")]
+            cells = [gain.text(sign=True) for gain in gains]
+            rows.append([WORLDS[world].title, TITLES[method], study.mean(method).text(), *cells, str(gains[0].seeds)])
+    head = ["world", "method", "success, %", "minus the baseline, points", "minus EMPG, points", "seeds"]
+    return markdown(head, rows)
+
+
 def secondary_table() -> str:
+    """The secondary measures of the protocol, and the step entropy of the last iteration."""
     rows = []
     for world, study in studies().items():
         for method in SHOWN:
             if not study.of(method):
                 continue
             plain = baseline(method)
-            gain = "" if method == plain else study.difference(method, plain, area).text(sign=True)
+            gain, sharper = "", ""
+            if method != plain:
+                gain = study.difference(method, plain, area).text(sign=True)
+                sharper = study.difference(method, plain, entropy_at_end).text(1, 3, sign=True)
+            cells = [study.mean(method, area).text(), gain, study.mean(method, drift).text(1, 3)]
+            cells += [study.mean(method, entropy_at_end).text(1, 3), sharper]
             lost = f"{sum(map(collapsed, study.of(method)))} of {len(study.of(method))}"
-            kl = study.mean(method, drift).text(1, 3)
-            rows.append([WORLDS[world].title, TITLES[method], study.mean(method, area).text(), gain, kl, lost])
-    head = [
-        "world",
-        "method",
-        "area under the curve, %",
-        "difference, points",
-        "KL to the first policy, nats per token",
-    ]
-    return markdown([*head, "collapsed"], rows)
-
-
-def beyond_table() -> str:
-    study, rows = studies()["house"], []
-    for method in BEYOND:
-        if study.of(method):
-            plain = baseline(method)
-            to_empg = "" if method.endswith("_empg") else study.difference(method, f"{plain}_empg").text(sign=True)
-            gain = study.difference(method, plain)
-            rows.append([TITLES[method], study.mean(method).text(), gain.text(sign=True), to_empg, str(gain.seeds)])
-    return markdown(["method", "success, %", "minus the baseline, points", "minus EMPG, points", "seeds"], rows)
+            rows.append([WORLDS[world].title, TITLES[method], *cells, lost])
+    head = ["world", "method", "area under the curve, %", "difference, points"]
+    head += ["KL to the first policy, nats per token", "step entropy at the end, nats", "difference, nats", "collapsed"]
+    return markdown(head, rows)
 
 
 def parts_table() -> str:
@@ -157,29 +142,34 @@ def greedy_table() -> str:
         sampled, greedy = sampled_and_greedy(world)
         for method in filter(greedy.of, ("first", *SHOWN)):
             plain, first = baseline(method), method == "first"
-            cells = ["" if first else sampled.mean(method, lambda row: row["entropy"][-1]).text(1, 3)]
+            cells = []
             for study in (sampled, greedy):
                 gain = "" if first or method == plain else study.difference(method, plain).text(sign=True)
                 cells += [study.mean(method).text(), gain]
             rows.append([WORLDS[world].title, TITLES[method], *cells, str(len(greedy.of(method)))])
-    head = ["world", "method", "step entropy at the end, nats", "sampled, %", "difference, points"]
-    return markdown([*head, "greedy, %", "difference, points", "seeds"], rows)
+    head = ["world", "method", "sampled, %", "difference, points", "greedy, %", "difference, points", "seeds"]
+    return markdown(head, rows)
 
 
 def split_table() -> str:
-    """Success by split and task type, of the worlds that have more than one split."""
+    """Success of GRPO with and without EMPG by split and task type; the headline has all tasks of the first split."""
     rows = []
     for world, study in studies().items():
-        for split in study.of("grpo")[0]["eval"]:
+        for number, split in enumerate(study.of("grpo")[0]["eval"]):
             types = sorted({name for row in study.of("grpo") for name in row["eval"][split]["task_types"]})
-            for name in ("all", *types):
-                measure = lambda row, split=split, name=name: (  # noqa: E731
-                    row["eval"][split] if name == "all" else row["eval"][split]["task_types"][name]
-                )["success"]
+            names = types if len(types) > 1 else []
+            for name in names if number == 0 else ["all", *names]:
+                measure = partial(success_of, split, name)
                 cells = [study.mean(method, measure).text() for method in ("grpo", "grpo_empg")]
                 gain = study.difference("grpo_empg", "grpo", measure).text(sign=True)
                 rows.append([WORLDS[world].title, split, name, *cells, gain])
     return markdown(["world", "split", "tasks", "GRPO, %", "GRPO + EMPG, %", "difference, points"], rows)
+
+
+def success_of(split: str, name: str, row: Row) -> float:
+    """Success in one split; name: a task type, or all."""
+    evaluation = row["eval"][split]
+    return (evaluation if name == "all" else evaluation["task_types"][name])["success"]
 
 
 # ------------------------------------------------------------------------------------------------- credit and gradient
@@ -218,9 +208,8 @@ def entropy_table() -> str:
 
 TABLES = {
     "headline": headline_table,
-    "success": success_table,
+    "methods": methods_table,
     "secondary": secondary_table,
-    "beyond": beyond_table,
     "parts": parts_table,
     "replication": replication_table,
     "greedy": greedy_table,
@@ -236,7 +225,7 @@ TABLES = {
 
 
 def filled(text: str) -> str:
-    """The document with every marked table made anew. Raises KeyError for a mark without a table."""
+    """The document with every marked table written again. Raises KeyError for a mark without a table."""
 
     def table(match: re.Match) -> str:
         return f"{match[1]}\n{TABLES[match[2]]()}\n{match[3]}"

@@ -45,6 +45,7 @@ WORLDS = {
         "--max_step_tokens 48 --max_tokens 3500 --iterations 20 --eval_every 10",
     ),
 }
+# Three methods have a credit function of their own beside their flags, see `study.credit_of`.
 METHODS = {
     "grpo": Entry("GRPO", "--no_empg"),
     "grpo_empg": Entry("GRPO + EMPG", ""),
@@ -54,8 +55,8 @@ METHODS = {
     "dapo_empg": Entry("DAPO + EMPG", "--algorithm dapo"),
     "dapo_scaling": Entry("DAPO + scaling only", "--algorithm dapo --zeta 0"),
     "dapo_bonus": Entry("DAPO + bonus only", "--algorithm dapo --k 0"),
-    "grpo_empg_rank": Entry("GRPO + EMPG, entropy by rank", "--normalization rank"),
-    "grpo_empg_mixed": Entry("GRPO + EMPG, bonus only where rewards differ", "--no_bonus_in_all_groups"),
+    "grpo_empg_rank": Entry("GRPO + EMPG, entropy by rank", ""),
+    "grpo_empg_mixed": Entry("GRPO + EMPG, bonus only where rewards differ", ""),
     "grpo_empg_reversed": Entry("GRPO + EMPG, k = −1", "--k -1"),
     "grpo_empg_k0.5": Entry("GRPO + EMPG, k = 0.5", "--k 0.5"),
     "grpo_empg_k2": Entry("GRPO + EMPG, k = 2", "--k 2"),
@@ -115,6 +116,11 @@ def area(row: Row) -> float:
 def drift(row: Row) -> float:
     """KL from the trained policy to the first one, nats per token."""
     return row["kl"][-1][1]
+
+
+def entropy_at_end(row: Row) -> float:
+    """Mean step entropy of the episodes of the last iteration, nats."""
+    return row["entropy"][-1]
 
 
 def collapsed(row: Row) -> bool:

@@ -1,6 +1,7 @@
 """The study: methods differ in nothing but the method, rows repeat, statistics match scipy, tables match the rows."""
 
 import json
+import re
 from dataclasses import asdict
 
 import numpy as np
@@ -14,12 +15,27 @@ from engine.checkpoint import checkpoints
 from envs import make_envs
 from episode import Task
 from paper import greedy, measure, pictures, report, study
-from paper.rows import Entry, Study, area, collapsed, estimate, read_file, read_rows, sampled_and_greedy, success
+from paper.rows import (
+    Entry,
+    Study,
+    area,
+    collapsed,
+    estimate,
+    read_credit,
+    read_file,
+    read_rows,
+    sampled_and_greedy,
+    success,
+)
 from policy import load_policy
 from rollout import rollout
 
-METHOD_FLAGS = {"algorithm", "empg", "k", "k_future", "zeta", "normalization", "bonus_in_all_groups"}
+METHOD_FLAGS = {"algorithm", "empg", "k", "k_future", "zeta"}
 METHOD_FLAGS |= {"clip_low", "clip_high", "aggregation", "dynamic_sampling", "overlong_buffer"}  # of the algorithm
+
+# Flags of committed rows, and what has taken their place. The first two methods are credit functions now.
+SINCE_THE_ROWS = {"--normalization rank": "", "--no_bonus_in_all_groups": "", "--data ": "--env_args data="}
+SINCE_THE_ROWS |= {"--env_args data=out/study_games --env_args": "--env_args data=out/study_games"}
 
 # ---------------------------------------------------------------------------------------------------------------- runs
 
@@ -31,8 +47,8 @@ def test_methods_of_a_world_differ_in_nothing_but_the_method(world):
     for config in configs.values():
         assert {name for name in config if config[name] != configs["grpo"][name]} <= METHOD_FLAGS
         assert (config["env"], config["seed"], config["threads"]) == (world.partition("_")[0], 3, 1)
-    methods = {tuple(str(config[name]) for name in sorted(METHOD_FLAGS)) for config in configs.values()}
-    assert len(methods) == len(study.METHODS) - 1  # the ceiling has GRPO's flags
+    flags = {method: tuple(str(config[name]) for name in sorted(METHOD_FLAGS)) for method, config in configs.items()}
+    assert len({(flags[method], study.credit_of(method)) for method in flags}) == len(study.METHODS)
     for name in ("dapo_empg", "grpo_empg"):
         assert (configs[name]["k"], configs[name]["k_future"], configs[name]["zeta"]) == (1, 1, 0.1)  # the paper's
 
@@ -195,7 +211,9 @@ def test_points_of_proposition_1_lie_on_its_curve(house_policy, house_episodes):
 
 
 def made_up(values: dict[str, dict[int, float]], machine: str = "one") -> list[dict]:
-    part = lambda x: {"episodes": 10, "success": x}  # noqa: E731
+    def part(x: float) -> dict:
+        return {"episodes": 10, "success": x}
+
     return [
         {
             "method": method,
@@ -252,7 +270,10 @@ def test_sampled_and_greedy_rows_are_of_the_same_policies(monkeypatch):
     rows = {"house": sampled, "greedy": [row | {"world": "house"} for row in greedy]}
     monkeypatch.setattr("paper.rows.read_rows", lambda name: rows.get(name, []))
     at_1, at_0 = sampled_and_greedy("house")
-    of = lambda study, method: [(row["seed"], row["machine"], success(row)) for row in study.of(method)]  # noqa: E731
+
+    def of(study: Study, method: str) -> list[tuple]:
+        return [(row["seed"], row["machine"], success(row)) for row in study.of(method)]
+
     assert of(at_1, "grpo") == [(0, "one", 0.5), (1, "two", 0.1)]
     assert of(at_0, "grpo") == [(0, "one", 0.9), (1, "two", 1.0)]
     assert of(at_1, "first") == [(0, "one", 0.2)]
@@ -270,6 +291,55 @@ def test_the_tables_of_the_documents_are_what_the_committed_rows_give():
         text = (report.ROOT / name).read_text()
         assert "<!-- end -->" in text
         assert report.filled(text) == text, f"{name} is stale: python -m paper.report"
+
+
+def prose() -> str:
+    """docs/results.md without its generated tables, in one line."""
+    text = (report.ROOT / "docs/results.md").read_text()
+    return " ".join(re.sub(r"<!-- [a-z ]+ -->.*?<!-- end -->", "", text, flags=re.DOTALL).split())
+
+
+def test_every_interval_in_the_prose_of_the_results_stands_in_a_table():
+    found = re.findall(r"[+−]?\d+\.\d+ \([+−]?\d+\.\d+ to [+−]?\d+\.\d+\)", prose())
+    tables = "".join(table() for table in report.TABLES.values())
+    assert len(found) >= 15
+    assert [interval for interval in found if interval not in tables] == []
+
+
+def test_the_story_of_the_results_is_that_of_the_rows():
+    """p values, counts and shares that its sentences say; the intervals are tested above."""
+    text, house, weak = prose(), Study(read_rows("house")), read_rows("house_weak")
+    losses = house.gains("dapo_empg", "dapo")
+    p = stats.ttest_1samp(losses, 0).pvalue
+    assert f"in {sum(gain < 0 for gain in losses)} of {len(losses)} seeds" in text
+    assert f"p = {p:.4f}, and {10 * p:.3f} after" in text
+    p = stats.ttest_1samp(Study([row for row in weak if row["seed"] < 10]).gains("grpo_empg", "grpo"), 0).pvalue
+    assert f"p = {p:.3f} becomes {10 * p:.2f} after" in text
+
+    policies = read_credit()
+    g = [row["credit"]["grpo_scaling"]["pearson_gain"] for row in policies]
+    k = [row["credit"]["grpo_empg_reversed"]["pearson_gain"] for row in policies]
+    assert f"less with the true ones than GRPO's in {sum(gain[2] < 0 for gain in g)} of {len(g)} policies" in text
+    assert f"more in {sum(gain[1] > 0 for gain in k)} policies and less in {sum(gain[2] < 0 for gain in k)}" in text
+    assert sum(gain[1] > 0 for gain in g) == 1  # "in one, a warm start of House"
+    g = [row["update"]["grpo_scaling"]["direction_gain"] for row in policies]
+    worse, better = sum(gain[2] < 0 for gain in g), sum(gain[1] > 0 for gain in g)
+    assert f"worse than GRPO's in {worse} policies, better in {better}, and in {len(g) - worse - better} no" in text
+    signal = [row["update"]["grpo"]["signal"][0] for row in policies if row["checkpoint"]]
+    assert f"In {sum(share < 0.1 for share in signal)} of {len(signal)} trained policies" in text
+
+    def percent(world: str, method: str, temperature: int) -> str:
+        return f"{100 * sampled_and_greedy(world)[temperature == 0].mean(method).mean:.0f}"
+
+    warm = [percent(world, "first", 0) for world in ("house", "search", "webshop")]
+    assert "{} % in House, {} % in Deep Search and {} % in WebShop".format(*warm) in text
+    assert f"from {percent('house', 'first', 1)} to {percent('house', 'grpo', 1)} %" in text
+    assert f"from {percent('house_weak', 'first', 0)} to {percent('house_weak', 'grpo', 0)} %" in text
+
+
+def test_the_pages_stay_short():
+    assert len((report.ROOT / "docs/results.md").read_bytes()) <= 12_000
+    assert len((report.ROOT / "docs/protocol.md").read_text().splitlines()) <= 80
 
 
 def test_a_table_is_filled_between_its_marks_and_nothing_else_is_touched():
@@ -292,7 +362,10 @@ def test_every_committed_row_can_be_repeated_and_traced():
                 == f"python -m paper.study --world {world} --methods {row['method']} --seeds {row['seed']}"
             )
             assert len(row["commit"]) == 40
-            config = parse_config(TrainConfig, row["train"].split()[1:])
+            flags = row["train"]
+            for before, now in SINCE_THE_ROWS.items():
+                flags = flags.replace(before, now)
+            config = parse_config(TrainConfig, flags.split()[1:])
             expected = parse_config(TrainConfig, study.train_flags(world, row["method"], row["seed"]))
             assert {
                 n for n in METHOD_FLAGS | {"iterations", "seed"} if getattr(config, n) != getattr(expected, n)
@@ -301,7 +374,9 @@ def test_every_committed_row_can_be_repeated_and_traced():
 
 
 def test_every_committed_greedy_row_is_of_a_row_of_the_study():
-    key = lambda row: (row["world"], row["method"].replace("first", "grpo"), row["seed"], row["machine"])  # noqa: E731
+    def key(row: dict) -> tuple:
+        return row["world"], row["method"].replace("first", "grpo"), row["seed"], row["machine"]
+
     trained = {key(row) for world in report.WORLDS for row in read_rows(world)}
     rows = read_rows("greedy")
     assert len({(*key(row), row["method"]) for row in rows}) == len(rows) > 0  # none twice
