@@ -1,9 +1,9 @@
-"""Pictures of training: the learning curves of one run, or the success of several runs side by side.
+"""Pictures of training: the learning curves of one run, or the success of several runs in one panel.
 
-    python figures.py out/house/metrics.jsonl curves.png            one run: success, entropy, g and f, ...
-    python figures.py docs/runs/*.jsonl docs/worlds.png             several runs: success on held-out tasks
+    python -m engine.figures out/house/metrics.jsonl curves.png                           one run: all its panels
+    python -m engine.figures out/house/metrics.jsonl out/grpo/metrics.jsonl both.png      several runs: success alone
 
-Every line has a marker or a line style of its own, so that a print in grey can be read too.
+Lines differ in marker or line style, so that a print in grey can be read, too.
 """
 
 import json
@@ -14,7 +14,7 @@ from pathlib import Path
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure  # not pyplot, which would choose a backend for the whole process
 
-# Okabe and Ito's colours, which colour-blind readers can tell apart.
+# The colours of Okabe and Ito, which colour-blind readers can tell apart.
 LOOKS = {"color": ("#0072B2", "#D55E00", "#009E73", "#CC79A7"), "marker": "os^Dv", "linestyle": ("-", "--", "-.")}
 
 # y axis of a panel -> its lines: label, metric, line style
@@ -29,11 +29,11 @@ PANELS = {
 
 
 def read_metrics(path: Path) -> list[dict]:
-    """The rows of a metrics.jsonl, one for each iteration that was recorded.
+    """The lines of a metrics.jsonl, one for each recorded iteration.
 
-    A last line without a line end that cannot be read is left out: the run was stopped while it wrote that line.
-    Raises ValueError for a file without rows and for any other line that is not an object of numbers with an
-    "iteration"; it names file and line. Raises OSError if there is no such file.
+    A last line without a line end that cannot be parsed is skipped: the run was stopped while it wrote that line.
+    Any other line must be an object of numbers with an "iteration". Raises ValueError, naming file and line, if one is
+    not, and if the file has no line. Raises OSError if there is no such file.
     """
     *lines, last = path.read_bytes().split(b"\n")
     rows = []
@@ -118,8 +118,8 @@ def points(rows: list[dict], key: str) -> tuple[list[float], list[float]]:
 
 def main(argv: Sequence[str] | None = None) -> None:
     """The command line. A wrong usage ends with status 2, a file that cannot be read or written with status 1."""
-    parser = ArgumentParser(description=__doc__, formatter_class=RawDescriptionHelpFormatter)
-    parser.add_argument("metrics", nargs="+", type=Path, help="metrics.jsonl of a run; several are drawn side by side")
+    parser = ArgumentParser("python -m engine.figures", description=__doc__, formatter_class=RawDescriptionHelpFormatter)
+    parser.add_argument("metrics", nargs="+", type=Path, help="metrics.jsonl of a run, or of several runs")
     parser.add_argument("picture", type=Path, help="file to write; its suffix is the format: .png, .pdf, .svg")
     args = parser.parse_args(argv)
     if args.picture.suffix[1:] not in Figure().canvas.get_supported_filetypes():
@@ -130,7 +130,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         else:
             draw_runs(args.metrics, args.picture)
     except (OSError, ValueError) as error:
-        raise SystemExit(f"figures.py: {error}") from error
+        raise SystemExit(f"engine.figures: {error}") from error
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""figures.py: what is drawn is what was measured, and what cannot be drawn is named."""
+"""engine.figures: it draws the numbers of the file, and names a file that it cannot draw."""
 
 import json
 from pathlib import Path
@@ -42,8 +42,8 @@ def test_curves_are_the_metrics_against_the_iteration(write, tmp_path):
     assert (tmp_path / "c.png").read_bytes().startswith(b"\x89PNG")
 
 
-def test_runs_are_named_and_each_has_a_look_of_its_own(write, tmp_path):
-    """Runs that were all called metrics.jsonl all had the name `metrics` in the picture."""
+def test_runs_are_named_and_their_lines_differ(write, tmp_path):
+    """Runs whose file is metrics.jsonl once all had the name `metrics` in the picture."""
     runs = [write(name, GOOD) for name in ("one.jsonl", "two.jsonl", "out/three/metrics.jsonl")]
     (axis,) = figures.draw_runs(runs, tmp_path / "runs.pdf").axes
     lines = [bar.lines[0] for bar in axis.containers]
@@ -57,7 +57,7 @@ def test_runs_are_named_and_each_has_a_look_of_its_own(write, tmp_path):
 
 
 @pytest.mark.parametrize("cut", [1, 10, len(json.dumps(ROWS[2])) - 1])
-def test_the_line_in_which_a_run_was_stopped_is_left_out(cut, write):
+def test_the_line_in_which_a_run_was_stopped_is_skipped(cut, write):
     assert figures.read_metrics(write("m", GOOD[: -cut - 1])) == ROWS[:2]
     assert figures.read_metrics(write("m", GOOD[:-1])) == ROWS  # only the line end is missing
 
@@ -89,7 +89,7 @@ def test_a_file_that_cannot_be_drawn_is_named(text, complaint, write, tmp_path):
 
 
 def test_a_folder_that_cannot_be_written_is_named(write):
-    with pytest.raises(SystemExit, match=r"figures\.py: .*none/x\.png") as error:
+    with pytest.raises(SystemExit, match=r"engine\.figures: .*none/x\.png") as error:
         figures.main([str(write("m.jsonl", GOOD)), str(write("m.jsonl", GOOD).parent / "none" / "x.png")])
     assert "\n" not in error.value.code
 
