@@ -118,7 +118,9 @@ def points(rows: list[dict], key: str) -> tuple[list[float], list[float]]:
 
 def main(argv: Sequence[str] | None = None) -> None:
     """The command line. A wrong usage ends with status 2, a file that cannot be read or written with status 1."""
-    parser = ArgumentParser("python -m engine.figures", description=__doc__, formatter_class=RawDescriptionHelpFormatter)
+    parser = ArgumentParser(
+        "python -m engine.figures", description=__doc__, formatter_class=RawDescriptionHelpFormatter
+    )
     parser.add_argument("metrics", nargs="+", type=Path, help="metrics.jsonl of a run, or of several runs")
     parser.add_argument("picture", type=Path, help="file to write; its suffix is the format: .png, .pdf, .svg")
     args = parser.parse_args(argv)
