@@ -1,20 +1,30 @@
-"""Fixtures that more than one test file uses."""
+"""Fixtures and helpers that more than one test file uses."""
 
 import json
+import os
+import subprocess
 import sys
 from pathlib import Path
 
+# Before torch is imported: OpenMP's threads would spin while they wait, and take the cores from the other processes.
+os.environ.setdefault("GOMP_SPINCOUNT", "1000")
+
 import pytest
+import torch
+from safetensors.torch import load_file
 
 import eval as evaluation
 import train
 from config import TrainConfig
+from engine.checkpoint import checkpoints
 from envs import careless_player, make_envs
 from episode import Episode, Task
+from imitate import dialogue, imitate
 from policy import Policy
-from rollout import dialogue, play_scripted, rollout
-from tiny import TinyConfig, imitate, tiny_policy
+from rollout import play_scripted, rollout
+from tiny import TinyConfig, tiny_policy
 
+ROOT = Path(__file__).parents[1]
 ALFWORLD_INSTALL = "pip install --no-deps -r requirements-alfworld.txt"
 ALFWORLD_GAMES = {"train": 6, "valid_seen": 3, "valid_unseen": 3}  # of each split
 
@@ -95,3 +105,36 @@ def evaluate(monkeypatch, capsys):
         return json.loads(capsys.readouterr().out.strip().split("\n")[-1])
 
     return call
+
+
+# ---------------------------------------------------------------------------------------------------------- helpers
+
+
+def flags_of(settings: dict) -> list[str]:
+    """The settings as flags of a command."""
+    return [text for name, value in settings.items() for text in (f"--{name}", str(value))]
+
+
+def launch(*arguments: str, **variables: str) -> subprocess.CompletedProcess:
+    """A Python module with its arguments, in a process of its own, from the project's root."""
+    environment = os.environ | {"TQDM_DISABLE": "1", "OMP_NUM_THREADS": "1"} | variables
+    command = [sys.executable, "-m", *arguments]
+    return subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=300, check=False)
+
+
+def rows(out: Path) -> list[dict]:
+    """The metrics of a run."""
+    return [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
+
+
+def same_metrics(one: Path, other: Path, tolerance: float) -> None:
+    for a, b in zip(rows(one), rows(other), strict=True):
+        # A norm adds up all gradients, in another order.
+        assert b.pop("policy/grad_norm", 0) == pytest.approx(a.pop("policy/grad_norm", 0), rel=max(tolerance, 1e-4))
+        assert b == pytest.approx(a, abs=tolerance, rel=tolerance)
+
+
+def same_weights(a: Path, b: Path, atol: float = 0.0) -> bool:
+    """Whether the newest checkpoints of two runs hold the same weights, to `atol`."""
+    a, b = (load_file(checkpoints(out)[-1] / "model.safetensors") for out in (a, b))
+    return a.keys() == b.keys() and all(torch.allclose(a[name], b[name], rtol=0, atol=atol) for name in a)
