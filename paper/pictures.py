@@ -4,6 +4,7 @@ Bands and bars are 95 % intervals. Every line differs in style or marker, so tha
 figure is 8 inches wide, so that its text can be read where a page shows it 800 pixels wide.
 """
 
+import json
 from collections.abc import Callable, Iterable
 from itertools import cycle
 from pathlib import Path
@@ -298,3 +299,27 @@ def draw_all() -> list[Path]:
             files.append(RESULTS / f"{draw.__name__}.png")
             draw().savefig(files[-1], dpi=120)
     return files
+
+
+def episode_bars(group: int = 2, number: int = 2) -> Figure:
+    """One kept episode of the lab's run: H, g, f and the advantage of each step as bars. README shows it."""
+    lines = (RESULTS.parent / "lab" / "house" / "episodes" / "000007.jsonl").read_text().splitlines()
+    episode = json.loads(lines[8 * group + number])  # groups of 8
+    credit = episode["modulation"]
+    labels = {"entropy": "H, nats", "g": "g(H), mean 1", "f": "f(H of next step)", "advantage": "final advantage"}
+    names = [f"{place}  {step['action']}" for place, step in enumerate(episode["steps"])]
+    figure = Figure(figsize=(8, 3.4), layout="constrained")
+    for axis, (name, label), color in zip(
+        figure.subplots(1, 4, sharey=True), labels.items(), LOOKS["color"], strict=False
+    ):
+        axis.barh(names, credit[name], color=color)
+        axis.set(xlabel=label)
+        axis.grid(alpha=0.3, axis="x")
+    axis.axvline(credit["base"], color="black", linestyle="--", linewidth=0.8)
+    axis.set(title=f"base A: {credit['base']:.2f}")
+    axis.invert_yaxis()
+    return figure
+
+
+if __name__ == "__main__":
+    episode_bars().savefig(RESULTS.parent / "episode.png", dpi=120)
