@@ -3,7 +3,7 @@
     python -m paper.page out/house                               writes out/house/credit.html
     python -m paper.page out/house --iterations 20 60 --out page.html
 
-It reads the episodes that the run kept: RUN/episodes/*.jsonl, and RUN/credit/*.jsonl where true credit was measured.
+It reads the kept episodes, RUN/episodes/*.jsonl, and those with measured true credit, RUN/credit/*.jsonl.
 The page opens without a server and without a network.
 
 The texts come from worlds and models, so they may be hostile. The page holds them as JSON, which jinja2's `tojson`
@@ -25,13 +25,13 @@ import numpy as np
 from jinja2 import Environment, StrictUndefined
 
 TEMPLATE = Path(__file__).with_name("page.html")
-FOLDERS = {"credit": "true credit measured", "episodes": "training batch"}  # of a run, and how the page calls them
+FOLDERS = {"credit": "true credit measured", "episodes": "training batch"}  # of a run -> label on the page
 NUMBERS = ("entropy", "norm_entropy", "g", "f", "advantage")  # of a step, under "modulation" in a kept episode
-SETTINGS = ("env", "algorithm", "empg", "k", "k_future", "zeta", "group_size")  # of a run, which the page shows
+SETTINGS = ("env", "algorithm", "empg", "k", "k_future", "zeta", "group_size")  # flags of the run that the page shows
 
 
 class Texts(dict):
-    """Gives every different text one number. The same tokens and observations appear many times on a page."""
+    """Numbers the distinct texts. The same tokens and observations appear many times on a page."""
 
     def number(self, text: str) -> int:
         if not isinstance(text, str):
@@ -42,7 +42,7 @@ class Texts(dict):
 def read_run(run: Path, iterations: Sequence[int] = (), max_groups: int = 8) -> dict:
     """What the page shows of a run, as JSON types: numbers are rounded, texts are indices of the list "texts".
 
-    iterations: empty means all that were kept.  max_groups: groups of a batch on the page, the first ones of its file.
+    iterations: empty means all that were kept.  max_groups: only the first groups of a batch are shown.
     Raises OSError or ValueError, in one line, if there is nothing to show or a file cannot be read.
     """
     files = {(int(path.stem), folder): path for folder in FOLDERS for path in (run / folder).glob("[0-9]*.jsonl")}
@@ -158,7 +158,7 @@ def rounded(number: float) -> float:
 
 @contextmanager
 def naming_the_line(path: Path, number: int) -> Iterator[None]:
-    """Turns what a malformed record raises into a ValueError, in one line, that names file and line."""
+    """Turns the errors of a malformed record into a ValueError of one line that names file and line."""
     try:
         yield
     except (AttributeError, LookupError, TypeError, ValueError) as error:

@@ -1,6 +1,7 @@
 """The committed rows of the study, and their statistics: means over seeds, and differences paired by seed.
 
-Intervals are 95 %, by the t distribution: of a mean over the seeds, of a paired difference over its differences.
+Intervals are 95 %, by the t distribution: a mean's over the seeds, a paired difference's over the
+seeds' differences.
 """
 
 import json
@@ -19,7 +20,7 @@ STUDY_GAMES = "out/study_games"  # ALFWorld games in small rooms; the study writ
 
 
 class Entry(NamedTuple):
-    """A world or a method of the study: its title in tables, and the flags of train.py that make it."""
+    """A world or a method of the study: its title in tables and figures, and its flags for train.py."""
 
     title: str
     flags: str
@@ -89,7 +90,7 @@ class Estimate:
         if self.seeds == 0:
             return "no row yet"
         mean = f"{factor * self.mean:{form}}"
-        few = {1: " (one seed)", 2: " (two seeds)"}  # the t interval of two is 25 times as wide as their standard error
+        few = {1: " (one seed)", 2: " (two seeds)"}  # of two values the t interval spans 25 standard errors
         interval = few.get(self.seeds, f" ({factor * self.low:{form}} to {factor * self.high:{form}})")
         return (mean + interval).replace("-", "−")
 
@@ -145,7 +146,7 @@ class Study:
         return [rows[0] for _, rows in sorted(self.rows.get(method, {}).items())]
 
     def together(self, *methods: str) -> list[tuple[Row, ...]]:
-        """A row of each method, from one kind of machine, for every seed that has such rows."""
+        """For every seed that has them, a row of each method from the same CPU type."""
         seeds = sorted(set.intersection(*(set(self.rows.get(method, {})) for method in methods)))
         candidates = [list(product(*(self.rows[method][seed] for method in methods))) for seed in seeds]
         same = [[rows for rows in seed if len({row["machine"] for row in rows}) == 1] for seed in candidates]
@@ -174,7 +175,7 @@ def read_rows(name: str) -> list[Row]:
 
 
 def sampled_and_greedy(world: str) -> tuple[Study, Study]:
-    """The policies that were played at temperature 0, too: their rows sampled at temperature 1, and those at 0.
+    """The policies that have rows at both temperatures: their rows at temperature 1, and those at 0.
 
     The method "first" is the warm start. Its sampled success is that of the 64 training episodes of iteration 1.
     """
@@ -192,8 +193,8 @@ def sampled_and_greedy(world: str) -> tuple[Study, Study]:
 
 def read_credit() -> list[Row]:
     """The rows of credit: world by world, GRPO before DAPO, the baseline before EMPG, the warm start first."""
-    rows = [{"algorithm": "grpo"} | row for row in read_rows("credit")]  # older rows, all of GRPO, do not say so
-    for row in rows:  # a row names the environment, and two worlds of the study are in House: its folder tells which
+    rows = [{"algorithm": "grpo"} | row for row in read_rows("credit")]  # older rows have no algorithm; all are of GRPO
+    for row in rows:  # two worlds of the study have the environment house; the folder names the world
         folder = re.search(r"out/study/(\w+)/", row["command"])
         row["world"] = folder[1] if folder else row["world"]
     world = list(WORLDS).index
