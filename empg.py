@@ -180,19 +180,6 @@ def spread(step_values: Tensor, step_ids: Tensor) -> Tensor:
 
 
 @torch.no_grad()
-def rewards_differ(reward: Tensor, group_size: int) -> Tensor:
-    """Which episodes are in a group whose rewards are not all equal.
-
-    reward: (B,), groups are `group_size` consecutive rows.  Returns (B,) bool.
-    Raises ValueError if B is not a multiple of group_size.
-    >>> rewards_differ(torch.tensor([1.0, 0.0, 1.0, 1.0]), 2)
-    tensor([ True,  True, False, False])
-    """
-    grouped = _grouped(reward, group_size)
-    return (grouped != grouped[:, :1]).any(1).repeat_interleave(group_size)
-
-
-@torch.no_grad()
 def group_advantages(reward: Tensor, group_size: int, *, eps: float = 1e-6, divide_by_std: bool = True) -> Tensor:
     """A = (r - mean) / (std + eps) within each group of `group_size` consecutive rows; std is the sample one (G - 1).
 
@@ -201,12 +188,15 @@ def group_advantages(reward: Tensor, group_size: int, *, eps: float = 1e-6, divi
     >>> group_advantages(torch.tensor([1.0, 0.0, 1.0, 1.0]), 2)
     tensor([ 0.7071, -0.7071,  0.0000,  0.0000])
     """
-    grouped = _grouped(reward.to(torch.promote_types(reward.dtype, torch.float32)), group_size)
+    if reward.dim() != 1 or group_size < 1 or len(reward) % group_size:
+        raise ValueError(f"reward must be (B,), B a multiple of group_size {group_size}; got {_shapes(reward)}")
+    grouped = reward.to(torch.promote_types(reward.dtype, torch.float32)).view(-1, group_size)
+    differ = (grouped != grouped[:, :1]).any(1, keepdim=True)
     centred = grouped - grouped.mean(1, keepdim=True)
     if divide_by_std:
         # For a group of one the correction would divide by 0; its centred reward is 0 whatever it is divided by.
         centred = centred / (grouped.std(1, keepdim=True, correction=min(1, group_size - 1)) + eps)
-    return centred.flatten().where(rewards_differ(reward, group_size), 0)
+    return centred.where(differ, 0).flatten()
 
 
 def policy_loss(
@@ -331,12 +321,6 @@ def token_logp_and_entropy(logits: Tensor, ids: Tensor, temperature: float = 1.0
 def _require_aggregation(aggregation: str) -> None:
     if aggregation not in AGGREGATIONS:
         raise ValueError(f"aggregation must be {' or '.join(map(repr, AGGREGATIONS))}, got {aggregation!r}")
-
-
-def _grouped(reward: Tensor, group_size: int) -> Tensor:
-    if reward.dim() != 1 or group_size < 1 or len(reward) % group_size:
-        raise ValueError(f"reward must be (B,), B a multiple of group_size {group_size}; got {_shapes(reward)}")
-    return reward.view(-1, group_size)
 
 
 def _require_2d(names: str, *tensors: Tensor) -> None:

@@ -168,20 +168,13 @@ def micro_batch_loss(
     batch: the rows, (B, L).  token_advantage: (B, L or more).  normalizer: `loss_normalizer` of the mini-batch.
     """
     logp = sampled_logp(learner.model, batch, config.temperature)
-    loss, sums = policy_loss(
-        logp,
-        batch.old_logp,
-        token_advantage[:, : logp.shape[1]],
-        batch.mask,
-        clip_low=config.clip_low,
-        clip_high=config.clip_high,
-        aggregation=config.aggregation,
-        normalizer=normalizer,
-    )
+    advantage, clip = token_advantage[:, : logp.shape[1]], {"clip_low": config.clip_low, "clip_high": config.clip_high}
+    how = {"aggregation": config.aggregation, "normalizer": normalizer}
+    loss, sums = policy_loss(logp, batch.old_logp, advantage, batch.mask, **clip, **how)
     if learner.reference is not None:
         with torch.no_grad():
             ref_logp = sampled_logp(learner.reference, batch, config.temperature)
         kl = kl_k3(logp, ref_logp)  # 0 where nothing was sampled
-        loss = loss + config.kl_coef * aggregate(kl, batch.mask, config.aggregation, normalizer)
+        loss = loss + config.kl_coef * aggregate(kl, batch.mask, **how)
         sums["kl_ref"] = kl.detach().sum()
     return loss, sums | {"loss": loss.detach()}

@@ -1,4 +1,4 @@
-"""Credit beyond the paper: functions that `train.train` takes in the place of its `assign_credit`, by name of a method.
+"""Credit beyond the paper: functions that `train.train` takes in the place of its `assign_credit`.
 
 The study says of both: do not use them (docs/results.md). They show how to write one's own.
 """
@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from config import TrainConfig
-from empg import Modulation, center, clarity_bonus, gradient_scale, modulation, rewards_differ
+from empg import Modulation, center, clarity_bonus, gradient_scale, modulation
 from episode import Batch
 
 
@@ -34,6 +34,17 @@ def credit_where_rewards_differ(
 
 
 CREDIT = {"grpo_empg_rank": credit_by_rank, "grpo_empg_mixed": credit_where_rewards_differ}
+
+
+def rewards_differ(reward: Tensor, group_size: int) -> Tensor:
+    """Which episodes are in a group whose rewards are not all equal.
+
+    reward: (B,), groups are `group_size` consecutive rows.  Returns (B,) bool.
+    >>> rewards_differ(torch.tensor([1.0, 0.0, 1.0, 1.0]), 2)
+    tensor([ True,  True, False, False])
+    """
+    grouped = reward.view(-1, group_size)
+    return (grouped != grouped[:, :1]).any(1).repeat_interleave(group_size)
 
 
 @torch.no_grad()

@@ -20,7 +20,7 @@ Arrays here are flat: n entries, one for each step of all episodes, in order; `g
 import json
 import shlex
 from collections.abc import Callable
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import asdict, dataclass, replace
 from functools import partial
 from pathlib import Path
 
@@ -28,6 +28,7 @@ import numpy as np
 import torch
 from accelerate import Accelerator
 from scipy import stats
+from transformers.hf_argparser import HfArg
 
 from config import TrainConfig, parse_config
 from empg import Modulation, aggregate, loss_normalizer, step_entropy
@@ -62,14 +63,12 @@ FIFTHS = 5
 class CreditConfig:
     """Measure the true credit of steps, and how the methods agree with it."""
 
-    run: str = field(metadata={"help": "folder of a run"})
-    checkpoint: int = field(
-        metadata={"help": "iteration of the policy to measure; 0: the policy that the run began with"}
-    )
-    batches: int = field(default=4, metadata={"help": "of episodes, each as large as in training"})
-    continuations: int = field(default=8, metadata={"help": "plays on from before every step; even, for two halves"})
-    resamples: int = field(default=1000, metadata={"help": "of the bootstrap over groups"})
-    results: str = field(default="", metadata={"help": "file of the rows; default: docs/results/credit.jsonl"})
+    run: str = HfArg(help="folder of a run")
+    checkpoint: int = HfArg(help="iteration of the policy to measure; 0: the policy that the run started from")
+    batches: int = HfArg(default=4, help="batches of episodes, each as large as in training")
+    continuations: int = HfArg(default=8, help="plays on from before every step; an even number, for two halves")
+    resamples: int = HfArg(default=1000, help="resamples of the bootstrap over groups")
+    results: str = HfArg(default="", help="file of the rows; default: docs/results/credit.jsonl")
 
     def __post_init__(self):
         if self.continuations < 2 or self.continuations % 2:

@@ -8,17 +8,18 @@ run goes to docs/results/greedy.jsonl; rows that are there are not made again.
 """
 
 import json
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 
 import torch
 import transformers
 from accelerate import Accelerator
+from transformers.hf_argparser import HfArg
 
-from config import parse_config, parse_eval_config
+from config import parse_config
 from engine.checkpoint import checkpoints
 from engine.record import revision
-from eval import evaluate, first_tasks, open_envs, summarize
+from eval import evaluate, first_tasks, open_envs, parse_eval_config, summarize
 from paper.rows import RESULTS, Row, read_file
 from paper.study import TASKS, machine, rounded
 from policy import load_policy
@@ -30,9 +31,9 @@ FIRST = "first"  # in the place of a method: the warm start, which all methods o
 class GreedyConfig:
     """Evaluate finished runs of the study again, at temperature 0."""
 
-    runs: list[str] = field(metadata={"help": "folders of runs, .../WORLD/METHOD/SEED"})
-    first: bool = field(default=False, metadata={"help": "the policies that the runs began with; METHOD is then first"})
-    results: str = field(default=str(RESULTS / "greedy.jsonl"), metadata={"help": "file of the rows"})
+    runs: list[str] = HfArg(help="folders of runs, .../WORLD/METHOD/SEED")
+    first: bool = HfArg(default=False, help="the policies that the runs started from; METHOD is then first")
+    results: str = HfArg(default=str(RESULTS / "greedy.jsonl"), help="file of the rows")
 
     def __post_init__(self):
         for run in self.runs:

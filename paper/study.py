@@ -21,12 +21,13 @@ import time
 from collections.abc import Callable
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from contextlib import redirect_stderr, redirect_stdout
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 
 import torch
 import transformers
 from tqdm import tqdm
+from transformers.hf_argparser import HfArg
 
 from config import TrainConfig, parse_config
 from empg import Modulation
@@ -48,12 +49,12 @@ CONTINUATIONS = 4  # of the ceiling, from before every step
 class StudyConfig:
     """Run the study, or a part of it."""
 
-    world: str = field(metadata={"help": f"one of {', '.join(WORLDS)}"})
-    methods: list[str] = field(default_factory=lambda: list(MAIN), metadata={"help": f"of {', '.join(METHODS)}"})
-    seeds: list[int] = field(default_factory=lambda: list(range(20)), metadata={"help": "of weights, tasks, sampling"})
-    results: str = field(default="", metadata={"help": "file of the rows; default: docs/results/WORLD.jsonl"})
-    out: str = field(default="out/study", metadata={"help": "folder of the runs"})
-    jobs: int = field(default=0, metadata={"help": "runs at once; 0: one for each core"})
+    world: str = HfArg(help=f"world: {', '.join(WORLDS)}")
+    methods: list[str] = HfArg(default_factory=lambda: list(MAIN), help=f"methods: {', '.join(METHODS)}")
+    seeds: list[int] = HfArg(default_factory=lambda: list(range(20)), help="seeds of weights, tasks and sampling")
+    results: str = HfArg(default="", help="file of the rows; default: docs/results/WORLD.jsonl")
+    out: str = HfArg(default="out/study", help="folder of the runs")
+    jobs: int = HfArg(default=0, help="runs in parallel; 0: one for each core")
 
     def __post_init__(self):
         if self.world not in WORLDS:
