@@ -146,6 +146,12 @@ def test_h_norm_g_f_and_the_final_advantage_match_loops(rows, options):
     close(empg.clarity_bonus(norm.where(valid, NAN), valid, k_future=k_future), f)
     close(empg.center(modulated.where(valid, NAN), valid), final)
     close(empg.modulate(ADVANTAGE[: len(rows)], entropy, valid, k=k, k_future=k_future, zeta=zeta), final)
+    made = empg.modulation(ADVANTAGE[: len(rows)], entropy, valid, k=k, k_future=k_future, zeta=zeta)
+    for actual, expected in zip((made.norm_entropy, made.g, made.f, made.advantage), (norm, g, f, final), strict=True):
+        close(actual, expected)
+    assert torch.equal(made.base, ADVANTAGE[: len(rows)])
+    assert made.entropy is entropy
+    assert made.valid is valid
 
 
 @QUICK
@@ -200,25 +206,6 @@ def test_group_advantages_match_loops(groups):
 def test_group_advantages_of_equal_rewards_are_exactly_zero(reward, group_size):
     """A group that always or never succeeds gave 0 / 0 = nan, and the rounding of 3 * 0.1 blown up by 1 / eps."""
     assert empg.group_advantages(torch.full((2 * group_size,), reward), group_size).tolist() == [0.0] * 2 * group_size
-
-
-@QUICK
-@given(rows=EPISODES)
-@example(rows=[[2.0]])
-@example(rows=[[None]])
-def test_rank_entropy_is_the_share_of_the_other_steps_with_less(rows):
-    entropy, valid = steps(rows)
-    values = [h for row in rows for h in row if h is not None]
-    share = lambda h: sum((x < h) + (x == h) / 2 for x in values) - 0.5  # noqa: E731  # itself is no other
-    expected = [[0 if h is None else share(h) / max(1, len(values) - 1) for h in row] for row in rows]
-    close(empg.rank_entropy(entropy, valid), pad(expected, 0))
-
-
-@QUICK
-@given(groups=st.lists(st.lists(st.sampled_from([0.0, 0.5, 1.0]), min_size=3, max_size=3), min_size=1, max_size=4))
-def test_rewards_differ_where_a_group_has_more_than_one(groups):
-    expected = [len(set(group)) > 1 for group in groups for _ in group]
-    assert empg.rewards_differ(tensor([r for group in groups for r in group]), 3).tolist() == expected
 
 
 def loop_loss(rows: list[list], low: float, high: float, aggregation: str) -> tuple[float, Tensor]:
@@ -358,18 +345,10 @@ def test_logp_entropy_and_score_norm_match_loops_and_bounds(rows, temperature):
     assert ((norm >= -1e-12) & (norm <= 2 / 3 + 1e-12)).all()
 
 
-@pytest.mark.parametrize("chunk_elements", [1, 7, 9, 2**22])  # of 3 * 4 * 3: by token, by 2, by 3, all at once
-def test_logp_gradient_is_the_finite_difference_for_any_chunk(monkeypatch, chunk_elements):
+def test_the_gradient_of_logp_is_the_finite_difference():
     torch.manual_seed(0)
-    ids = torch.randint(3, (3, 4))
-    logits = torch.randn(3, 4, 3, dtype=F64).requires_grad_()
-    strided = torch.randn(3, 4, 3, dtype=F64).permute(2, 1, 0).requires_grad_()  # not contiguous
-    for z in (logits, strided):
-        whole = empg.token_logp_and_entropy(z, ids, 0.7)
-        with monkeypatch.context() as patch:
-            patch.setattr(empg, "CHUNK_ELEMENTS", chunk_elements)
-            close(torch.stack(empg.token_logp_and_entropy(z, ids, 0.7)), torch.stack(whole))
-            assert torch.autograd.gradcheck(lambda z: empg.token_logp_and_entropy(z, ids, 0.7)[0], (z,))
+    logits, ids = torch.randn(3, 4, 3, dtype=F64).requires_grad_(), torch.randint(3, (3, 4))
+    assert torch.autograd.gradcheck(lambda z: empg.token_logp_and_entropy(z, ids, 0.7)[0], (logits,))
 
 
 def test_bf16_logits_are_computed_in_float32():
@@ -382,21 +361,6 @@ def test_bf16_logits_are_computed_in_float32():
     assert torch.equal(grad, expected_grad.bfloat16())
 
 
-def test_no_second_vocabulary_tensor_is_held(monkeypatch):
-    """Full-vocabulary log-probabilities of a whole batch took 80 GB where chunks take 0.23."""
-    sizes, saved, tempered = [], {}, empg._tempered
-    monkeypatch.setattr(empg, "CHUNK_ELEMENTS", 20)
-    monkeypatch.setattr(empg, "_tempered", lambda z, t: sizes.append(z.numel()) or tempered(z, t))
-    logits, ids = torch.randn(3, 5, 7, requires_grad=True), torch.zeros(3, 5, dtype=torch.long)
-    with torch.autograd.graph.saved_tensors_hooks(lambda x: saved.update({x.data_ptr(): x.numel()}) or x, lambda x: x):
-        logp, _ = empg.token_logp_and_entropy(logits, ids)
-    logp.sum().backward()
-    assert sorted(saved.values()) == [ids.numel(), ids.numel(), logits.numel()]  # ids, one number a token, the logits
-    assert logits.data_ptr() in saved
-    assert max(sizes) <= 20
-    assert sum(sizes) == 2 * logits.numel()  # forward and backward
-
-
 # ----------------------------------------------------------------------------------- gradients, bad input, docstrings
 
 
@@ -407,7 +371,9 @@ def test_only_logp_carries_a_gradient():
     norm, ids = empg.normalize_entropy(leaf, mask), torch.zeros(2, 3, dtype=torch.long)
     constants = [entropy, empg.step_entropy(leaf, ids)[0], norm, empg.modulate(leaf[:, 0], leaf, mask)]
     constants += [empg.gradient_scale(leaf, mask), empg.clarity_bonus(leaf, mask), empg.center(leaf, mask)]
-    constants += [empg.rank_entropy(leaf, mask), empg.spread(leaf, ids), empg.group_advantages(leaf[0], 3)]
+    constants += [empg.spread(leaf, ids), empg.group_advantages(leaf[0], 3)]
+    for made in (empg.modulation(leaf[:, 0], leaf, mask), empg.no_modulation(leaf[:, 0], leaf, mask)):
+        constants += [getattr(made, name) for name in ("norm_entropy", "g", "f", "advantage")]
     logp = torch.zeros(2, 3, requires_grad=True)
     loss, metrics = empg.policy_loss(logp, leaf, leaf * 2, mask)
     assert not any(constant.requires_grad for constant in [*constants, *metrics.values()])
@@ -420,15 +386,14 @@ def test_only_logp_carries_a_gradient():
         (empg.step_entropy, [(2, 3), (2, 4)], {}),
         (empg.step_entropy, [(3,), (3,)], {}),
         (empg.normalize_entropy, [(2, 3), (1, 3)], {}),
-        (empg.rank_entropy, [(2, 3), (1, 3)], {}),
         (empg.gradient_scale, [(2, 3), (2, 1)], {}),
         (empg.clarity_bonus, [(2, 3), (2, 4)], {}),
         (empg.modulate, [(3,), (2, 4), (2, 4)], {}),
+        (empg.modulation, [(3,), (2, 4), (2, 4)], {}),
         (empg.center, [(2, 3), (2, 1)], {}),
         (empg.spread, [(1, 3), (2, 3)], {}),
         (empg.group_advantages, [(7,)], {"group_size": 2}),
         (empg.group_advantages, [(2, 2)], {"group_size": 2}),
-        (empg.rewards_differ, [(7,)], {"group_size": 2}),
         (empg.policy_loss, [(2, 3), (2, 3), (2, 1), (2, 3)], {}),
         (empg.aggregate, [(2, 3), (1, 3)], {"aggregation": "token"}),
         (empg.token_logp_and_entropy, [(2, 3, 4), (2, 4)], {}),

@@ -2,11 +2,11 @@
 
 import json
 import math
+import re
 
 import pytest
 import torch
 
-import empg
 from envs import PLAYERS, make_envs
 from episode import Episode, Step, Task, collate, load_episodes, replay, save_episodes, transcript
 from rollout import play_scripted
@@ -23,7 +23,7 @@ def made_up(lengths: list[tuple[int, int]], **fields) -> Episode:
         episode.insert(new[:inserted])
         episode.append_sampled(new[inserted:], [-0.125 * i for i in new[inserted:]], [0.5 * i for i in new[inserted:]])
         end = count = len(episode.ids)
-        episode.steps.append(Step(f"why {end}", f"do {end}", f"done {end}", True, end - sampled, end, end / 8))
+        episode.steps.append(Step(f"why {end}", f"do {end}", f"done {end}", True, end - sampled, end))
     return episode
 
 
@@ -37,15 +37,6 @@ def test_tokens_are_appended_with_the_step_that_sampled_them():
     assert episode.step_ids == [-1, -1, 0, -1, 1, 1]
     assert episode.old_logp == [0, 0, -0.375, 0, -0.625, -0.75]
     assert episode.token_entropy == [0, 0, 1.5, 0, 2.5, 3]
-
-
-def test_the_entropy_of_a_step_is_the_one_that_training_uses(house_episodes):
-    """A log showed numbers that were not the ones that entered the loss."""
-    batch = collate(house_episodes)
-    entropy, valid = empg.step_entropy(batch.token_entropy, batch.step_ids)
-    assert valid.sum(1).tolist() == [len(episode.steps) for episode in house_episodes]
-    for row, episode in zip(entropy, house_episodes, strict=True):
-        assert row[: len(episode.steps)].tolist() == pytest.approx([step.entropy for step in episode.steps], abs=1e-5)
 
 
 # ------------------------------------------------------------------------------------------------------------ batches
@@ -93,12 +84,11 @@ def test_floats_are_saved_bit_for_bit(tmp_path):
     odd = [0.1, 1 / 3, -0.0, 5e-324, -1.7976931348623157e308, math.inf, -math.inf, math.nan]
     episode = made_up([(1, 1)], reward=0.1 + 0.2)
     episode.append_sampled([9] * len(odd), odd, odd[::-1])
-    episode.steps[0].entropy = 2 / 3
     save_episodes(tmp_path / "e", [episode])
     loaded = load_episodes(tmp_path / "e")[0]
     for name in ("old_logp", "token_entropy"):
         assert [x.hex() for x in getattr(loaded, name)] == [float(x).hex() for x in getattr(episode, name)]
-    assert (loaded.reward, loaded.steps[0].entropy) == (0.1 + 0.2, 2 / 3)
+    assert loaded.reward == 0.1 + 0.2
 
 
 def test_a_text_may_hold_any_character(tmp_path):
@@ -107,6 +97,14 @@ def test_a_text_may_hold_any_character(tmp_path):
     episode.prompt = 'a\nb\r\u2028\u2029\x85\x1c\x0c"\\ é 屋 \U0001f600 \ud800'
     save_episodes(tmp_path / "e", [episode, episode])
     assert load_episodes(tmp_path / "e") == [episode, episode]
+
+
+def test_what_stands_beside_the_fields_of_an_episode_is_left_out(tmp_path):
+    """The episodes that a run keeps have the texts of their tokens and their modulation beside them."""
+    save_episodes(tmp_path / "e", [made_up([(1, 1)])])
+    kept = json.loads((tmp_path / "e").read_text()) | {"tokens": ["a"], "modulation": {"base": 0.0}}
+    (tmp_path / "kept").write_text(json.dumps(kept))
+    assert load_episodes(tmp_path / "kept") == load_episodes(tmp_path / "e")
 
 
 NO_STEP = '{"task": {"env": "e", "split": "s", "seed": 0}, "steps": [{}]}'
@@ -139,7 +137,6 @@ def test_replay_names_the_first_answer_that_differs():
 def test_transcript_by_hand():
     episode = made_up([(1, 1), (1, 2)], reward=1.0, terminated=True)
     episode.info["success"], episode.steps[1].valid = True, False
-    # H is the end of the step in eighths: 2/8 and 5/8.
     expected = """\
 toy train 3: success, reward 1
 
@@ -155,8 +152,8 @@ step 1  H 0.625  A -0.250  (invalid)
   Action: do 5
   done 5
 """
-    assert transcript(episode, [1.5, -0.25]) == expected
-    assert transcript(episode) == expected.replace("  A +1.500", "").replace("  A -0.250", "")
+    assert transcript(episode, [0.25, 0.625], [1.5, -0.25]) == expected
+    assert transcript(episode) == re.sub(r"  [HA] \S+", "", expected)
 
 
 @pytest.mark.parametrize(

@@ -10,19 +10,18 @@ from pathlib import Path
 from statistics import NormalDist
 
 import pytest
+from conftest import ROOT
 
 import eval as evaluation
-from config import TrainConfig, parse_eval_config
+from config import TrainConfig
 from envs import make_envs
 from episode import Episode, Step, Task, load_episodes
-from eval import by_split, compare, first_tasks, summarize, table, wilson_interval
-
-ROOT = Path(__file__).parent.parent
+from eval import by_split, compare, first_tasks, parse_eval_config, summarize, table, wilson_interval
 
 
 def made_up(success: bool, valid: list[bool], task_type: str = "toy", seed: int = 0, split="eval", **info) -> Episode:
     """An episode with a step, valid or not, for each entry; `info` is what its environment reports beside success."""
-    steps = [Step("", "", "", v, 0, 0, 0.0) for v in valid]
+    steps = [Step("", "", "", v, 0, 0) for v in valid]
     info |= {"task_type": task_type, "success": success}
     return Episode(Task("toy", split, seed), "", steps, float(success), terminated=True, info=info)
 
@@ -103,8 +102,12 @@ def test_score_f1_and_errors_are_summed_up_where_they_are_reported():
 
 
 def test_episodes_by_split_with_all_and_what_is_out_of_distribution():
-    splits = lambda episodes: {name: len(part) for name, part in by_split(episodes).items()}  # noqa: E731
-    some = lambda split, number: [made_up(True, [True], split=split)] * number  # noqa: E731
+    def splits(episodes: list[Episode]) -> dict[str, int]:
+        return {name: len(part) for name, part in by_split(episodes).items()}
+
+    def some(split: str, number: int) -> list[Episode]:
+        return [made_up(True, [True], split=split)] * number
+
     assert splits(some("eval", 2)) == {"eval": 2}
     assert splits(some("valid_seen", 2) + some("valid_unseen", 3)) == {"valid_seen": 2, "valid_unseen": 3, "overall": 5}
     assert splits(some("train", 1) + some("eval", 2) + some("ood_comp", 3)) == {
@@ -270,7 +273,7 @@ def test_a_checkpoint_is_played_the_same_in_batches_of_any_size(main, house_poli
         (["--env", "boat"], "unknown environment 'boat'; there are house"),
         (["--split", "test"], "house has no split 'test'; it has train, eval"),
         (["--env", "search", "--split", "eval", "odd"], "search has no split 'odd'; it has train, eval, ood_comp"),
-        (["--retriever", "http://127.0.0.1:9"], "house has no setting 'retriever'; it has receptacles"),
+        (["--env-args", "retriever=http://127.0.0.1:9"], "house has no setting 'retriever'; it has receptacles"),
         (["--env-args", "colour=red"], "house has no setting 'colour'; it has receptacles"),
         (["--env-args", "max_steps=many"], "max_steps must be an integer, got 'many'"),
         (["--env-args", "max_steps=0"], "max_steps must be at least 1, got 0"),
@@ -302,13 +305,16 @@ def test_a_bad_argument_ends_with_a_line_that_names_it(main, capsys, argv, messa
     ("argv", "message"),
     [
         (["--policy", "tests"], "no policy at 'tests': .+"),
-        (["--env", "search", "--questions", "none.json"], "no such file: none.json"),
-        (["--env", "webshop", "--data", "nowhere"], "nowhere has neither items_shuffle_1000.json nor .*"),
-        (["--env", "webshop", "--webshop-root", "nowhere"], "nowhere holds no WebShop.*"),
+        (["--env", "search", "--env-args", "questions=none.json"], "no such file: none.json"),
+        (["--env", "webshop", "--env-args", "data=nowhere"], "nowhere has neither items_shuffle_1000.json nor .*"),
+        (["--env", "webshop", "--env-args", "webshop_root=nowhere"], "nowhere holds no WebShop.*"),
         (["--json", "README.md/result.json"], "could not write README.md: .*"),
-        (["--env", "alfworld", "--data", "tests"], ".*(alfworld|ALFWorld).*"),
-        (["--env", "search", "--retriever", "localhost"], "a retriever's address is http://HOST:PORT, got 'localhost'"),
-        (["--env", "search", "--corpus", "c.jsonl"], "a corpus without questions.*"),
+        (["--env", "alfworld", "--env-args", "data=tests"], ".*(alfworld|ALFWorld).*"),
+        (
+            ["--env", "search", "--env-args", "retriever=localhost"],
+            "a retriever's address is http://HOST:PORT, got 'localhost'",
+        ),
+        (["--env", "search", "--env-args", "corpus=c.jsonl"], "a corpus without questions.*"),
     ],
     ids=lambda value: " ".join(value) if isinstance(value, list) else "",
 )

@@ -2,6 +2,7 @@
 
 import os
 import shutil
+from functools import partial
 
 import pytest
 import torch
@@ -10,8 +11,9 @@ from transformers import AutoModelForCausalLM, MistralConfig, Qwen2Config
 
 from envs import careless_player, make_envs
 from episode import Task
+from imitate import dialogue
 from policy import Dialogue, Policy, PolicyError, load_policy, require_context
-from rollout import dialogue, play_scripted, rollout
+from rollout import play_scripted, rollout
 from tiny import SPECIAL_TOKENS, TinyConfig, tiny_policy, tiny_tokenizer
 
 TINY = TinyConfig(vocab_size=320, hidden_size=16, layers=1, intermediate_size=32, batch_size=2)
@@ -76,6 +78,10 @@ def special_ids(policy: Policy) -> set[int]:
     return {i for i, token in policy.tokenizer.added_tokens_decoder.items() if token.special}
 
 
+def number_of(wanted: set[int], ids: list[int]) -> int:
+    return sum(i in wanted for i in ids)
+
+
 # ----------------------------------------------------------------------------------------------------- texts as ids
 
 
@@ -87,7 +93,7 @@ def test_no_text_becomes_a_special_token_and_each_is_decoded_to_itself(talker, d
     for _ in range(2):  # turn() in between encodes the template, where the names do count
         assert not special_ids(talker) & {i for ids in talker.encode(texts) for i in ids}
         empty, full = (talker.between([text])[0] for text in ("", "".join(names)))
-        count = lambda ids: sum(i in special_ids(talker) for i in ids)  # noqa: E731
+        count = partial(number_of, special_ids(talker))
         assert count(full) == count(empty) > 0
         assert count(talker.prompt("".join(names), ["".join(names)])[0]) == count(talker.prompt("", [""])[0]) > 0
     texts += ODD_TEXTS + dialogues[0]

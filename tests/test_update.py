@@ -1,10 +1,7 @@
-"""What an update works on: the same numbers as while sampling, micro-batches by tokens, old log-probs, memory."""
+"""What an update works on: the same numbers as while sampling, micro-batches by tokens, the loss, memory."""
 
-import copy
-import math
 from types import SimpleNamespace
 
-import groups
 import pytest
 import torch
 from accelerate import Accelerator
@@ -31,6 +28,12 @@ def learner(house_policy, tmp_path):
 @pytest.fixture
 def batch(house_episodes):
     return collate(house_episodes)
+
+
+@pytest.fixture
+def advantage(batch):
+    """(B, S), another number for every step."""
+    return torch.linspace(-1, 1, batch.step_ids.max() * 6 + 6).view(6, -1)
 
 
 def changed(**flags) -> TrainConfig:
@@ -73,42 +76,17 @@ def test_a_rank_alone_fills_its_parts():
 # ---------------------------------------------------------------------------------------------------------- the loss
 
 
-def test_lm_head_computes_one_row_for_each_sampled_token(learner, batch):
-    rows = []
-    learner.policy.model.lm_head.register_forward_hook(lambda module, args, output: rows.append(len(args[0])))
-    train.learn(CONFIG, learner, batch, 1)
-    assert sum(rows) == batch.mask.sum()
-
-
 def test_the_update_computes_the_log_probs_that_were_captured(learner, batch):
     logp = update.sampled_logp(learner.model, batch, CONFIG.temperature)
     torch.testing.assert_close(logp, batch.old_logp, rtol=0, atol=1e-4)
     assert not logp[~batch.mask].any()
 
 
-def test_recompute_takes_the_old_log_probs_of_the_trainer(learner, batch, monkeypatch):
-    """Between a sampler in bf16 and its trainer the ratio is not 1 even before the first step."""
-    wrong, seen, apart = copy.deepcopy(batch), [], math.expm1(0.1) - 0.1
-    wrong.old_logp[wrong.mask] -= 0.1
-    policy_loss = update.policy_loss
-    monkeypatch.setattr(update, "policy_loss", lambda *a, **k: seen.append(a[1]) or policy_loss(*a, **k))
-    first = copy.deepcopy(learner.model.state_dict())
-    for old_logp, expected, kl_old in (("captured", wrong.old_logp, apart), ("recompute", batch.old_logp, 0)):
-        learner.model.load_state_dict(first)
-        seen.clear()
-        _, sums = train.learn(changed(old_logp=old_logp, mini_batches=1), learner, wrong, 1)
-        (got,) = seen
-        order = batch.length.argsort(stable=True)
-        torch.testing.assert_close(got, expected[order][:, : got.shape[1]], rtol=0, atol=1e-4)
-        row = update_metrics(sums)
-        assert row["policy/kl_rollout"] == pytest.approx(apart, abs=1e-5)
-        assert row["policy/kl_old"] == pytest.approx(kl_old, abs=1e-5)
-
-
-def test_kl_rollout_is_rounding_in_float32_and_takes_no_pass_of_its_own(learner, batch):
+def test_kl_rollout_is_rounding_in_float32_and_takes_no_pass_of_its_own(learner, batch, advantage):
     passes = []
     learner.policy.model.lm_head.register_forward_hook(lambda *_: passes.append(1))
-    _, sums = train.learn(changed(mini_batches=3, epochs=2, micro_batch_tokens=10**6), learner, batch, 1)
+    config = changed(mini_batches=3, epochs=2, micro_batch_tokens=10**6)
+    sums = update.update(config, learner, batch, advantage, 1)
     row = update_metrics(sums)
     assert row["policy/kl_rollout"] < 1e-8 < row["policy/kl_old"]
     assert sums["rollout_tokens"] < batch.mask.sum()  # those of the first mini-batch
@@ -131,7 +109,7 @@ def test_the_loss_has_the_kl_term_of_a_reference_that_is_scored_the_same_way(hou
     assert sums["kl_ref"] > 0.1
 
 
-def test_gradient_checkpointing_is_on_while_learning(house_policy, batch, tmp_path):
+def test_gradient_checkpointing_is_on_while_learning(house_policy, batch, advantage, tmp_path):
     """Sampling puts the model into evaluation mode, where transformers keeps every activation."""
     house_policy.save(tmp_path / "policy")
     paths, passes = [str(tmp_path / "policy")] * 2, {}
@@ -145,7 +123,7 @@ def test_gradient_checkpointing_is_on_while_learning(house_policy, batch, tmp_pa
 
         rollout(learner.policy, [None], [], [])  # plays nothing
         layers[0].self_attn.register_forward_hook(count)
-        train.learn(config, learner, batch, 1)
+        update.update(config, learner, batch, advantage, 1)
     assert passes[True] == 2 * passes[False] > 0
 
 
@@ -155,8 +133,13 @@ def test_gradient_checkpointing_is_on_while_learning(house_policy, batch, tmp_pa
 @pytest.mark.parametrize(
     ("module", "function", "call", "message"),
     [
-        (train, "micro_batch_loss", lambda a: train.learn(CONFIG, a.learner, a.batch, 1), "lower --micro_batch_tokens"),
-        (groups, "rollout", lambda a: groups.sample_round(CONFIG, a.learner, [a.env], 0), "lower --batch_size"),
+        (
+            update,
+            "micro_batch_loss",
+            lambda a: update.update(CONFIG, a.learner, a.batch, a.advantage, 1),
+            "lower --micro_batch_tokens",
+        ),
+        (train, "rollout", lambda a: train.sample_round(CONFIG, a.learner, [a.env], 0), "lower --batch_size"),
         (
             evaluation,
             "rollout",
@@ -166,12 +149,14 @@ def test_gradient_checkpointing_is_on_while_learning(house_policy, batch, tmp_pa
     ],
     ids=["learn", "sample", "evaluate"],
 )
-def test_out_of_memory_ends_with_the_setting_to_lower(module, function, call, message, learner, batch, monkeypatch):
+def test_out_of_memory_ends_with_the_setting_to_lower(
+    module, function, call, message, learner, batch, advantage, monkeypatch
+):
     def full(*_, **__):
         raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 20.00 GiB")
 
     monkeypatch.setattr(module, function, full)
     env = SimpleNamespace(size=lambda split: None)
     with pytest.raises(SystemExit, match=message) as end:
-        call(SimpleNamespace(learner=learner, batch=batch, env=env))
+        call(SimpleNamespace(learner=learner, batch=batch, advantage=advantage, env=env))
     assert "\n" not in str(end.value)

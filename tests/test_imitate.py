@@ -1,19 +1,20 @@
-"""tiny.py: the seed decides the weights, a warm start is built once, and imitation learns responses only."""
+"""The cold start: the seed decides the weights, a policy is built once, and imitation learns responses only."""
 
 import pytest
 import tokenizers
 import torch
 from torch.nn import functional as F
 
-import tiny as tiny_module
+import imitate as module
+from imitate import imitate, warm_start
 from policy import Dialogue, Policy, load_policy
-from tiny import TinyConfig, imitate, tiny_policy, warm_start
+from tiny import TinyConfig, tiny_policy
 
 TINY = TinyConfig(vocab_size=320, hidden_size=16, layers=1, intermediate_size=32, batch_size=2)
 TOLD = [["RULES OF THE GAME", "LEFT OR RIGHT", "left or right", *["ONCE MORE", "once more"] * n] for n in range(1, 5)]
 
 
-def same_weights(one: Policy, other: Policy) -> bool:
+def equal_weights(one: Policy, other: Policy) -> bool:
     a, b = one.model.state_dict(), other.model.state_dict()
     return a.keys() == b.keys() and all(torch.equal(a[name], b[name]) for name in a)
 
@@ -31,8 +32,8 @@ def build(tmp_path):
 def test_the_seed_alone_decides_the_weights():
     before = torch.random.get_rng_state()
     one, again, other = (tiny_policy(TOLD, TINY, seed) for seed in (0, 0, 1))
-    assert same_weights(one, again)
-    assert not same_weights(one, other)
+    assert equal_weights(one, again)
+    assert not equal_weights(one, other)
     assert torch.equal(torch.random.get_rng_state(), before)  # nobody else's random numbers are used up
 
 
@@ -45,7 +46,7 @@ def test_a_warm_start_is_the_same_in_every_cache_built_once_and_then_plays_nothi
     torch.manual_seed(2)
     other = build(cache="two/deep")
     assert one.name == other.name
-    assert same_weights(load_policy(str(one)), load_policy(str(other)))
+    assert equal_weights(load_policy(str(one)), load_policy(str(other)))
     times = {path: path.stat().st_mtime_ns for path in (one, *one.iterdir())}
     assert warm_start({"world": "coin"}, None, TINY, 0, tmp_path / "one") == one  # None cannot be called
     assert {path: path.stat().st_mtime_ns for path in (one, *one.iterdir())} == times
@@ -53,7 +54,7 @@ def test_a_warm_start_is_the_same_in_every_cache_built_once_and_then_plays_nothi
 
 
 def test_every_part_of_the_definition_counts(build, monkeypatch):
-    monkeypatch.setattr(tiny_module, "imitate", lambda *_: None)
+    monkeypatch.setattr(module, "imitate", lambda *_: None)
     folders = [build(), build("house"), build(seed=1), build(config=TinyConfig(**vars(TINY) | {"learning_rate": 1e-3}))]
     monkeypatch.setattr(tokenizers, "__version__", "0.0.0")
     folders.append(build())
@@ -78,12 +79,12 @@ def test_two_runs_that_build_the_same_warm_start_both_succeed(build, tmp_path, m
     """The second one failed: a folder that is not empty cannot be replaced."""
 
     def meanwhile(*arguments):
-        monkeypatch.setattr(tiny_module, "imitate", imitate)
+        monkeypatch.setattr(module, "imitate", imitate)
         first.append(build())
         imitate(*arguments)
 
     first = []
-    monkeypatch.setattr(tiny_module, "imitate", meanwhile)
+    monkeypatch.setattr(module, "imitate", meanwhile)
     assert [build()] == first == list((tmp_path / "cache").iterdir())
 
 
@@ -95,7 +96,7 @@ def test_the_loss_of_imitation_is_over_the_sampled_tokens_only():
     policy = tiny_policy(TOLD, TINY, seed=0)
     rows = [policy.dialogue(texts) for texts in TOLD]
     assert len({len(ids) for ids, _ in rows}) > 1  # or no padding
-    loss = F.cross_entropy(*tiny_module._sampled_logits_and_ids(policy, rows))
+    loss = F.cross_entropy(*module._sampled_logits_and_ids(policy, rows))
     number, expected = sum(sum(sampled) for _, sampled in rows), torch.zeros(())
     for ids, sampled in rows:
         labels = torch.tensor([[i if s else -100 for i, s in zip(ids, sampled, strict=True)]])
