@@ -22,14 +22,15 @@ from torch import Tensor
 from torch.nn import functional as F
 from torch.nn.utils.rnn import pad_sequence
 from tqdm import tqdm
+from transformers import AutoConfig, PretrainedConfig
 
 import envs
 from config import TrainConfig
 from envs import Env, careless_player, format_response
 from episode import Episode
-from policy import Dialogue, Policy
+from policy import Dialogue, Policy, PolicyError, require_model
 from rollout import play_scripted, train_task
-from tiny import TinyConfig, tiny_policy
+from tiny import TinyConfig, tiny_model_config, tiny_policy
 
 
 def first_policy(config: TrainConfig, accelerator: Accelerator, env: Env) -> str:
@@ -47,6 +48,17 @@ def first_policy(config: TrainConfig, accelerator: Accelerator, env: Env) -> str
 
         folder = [str(warm_start(definition, demonstrate, TinyConfig(), config.seed, Path(config.cache)))]
     return broadcast_object_list(folder)[0]
+
+
+def read_config(policy: str) -> PretrainedConfig:
+    """The configuration of a folder, of a hub id, or of the tiny model. Raises PolicyError if there is none."""
+    if policy == "tiny":
+        return tiny_model_config(TinyConfig(), TinyConfig.vocab_size)
+    try:
+        require_model(policy)
+        return AutoConfig.from_pretrained(policy)
+    except (OSError, ValueError) as error:
+        raise PolicyError(f"no configuration of a model at {policy!r}: {str(error).splitlines()[0]}") from error
 
 
 # --------------------------------------------------------------------------------------------------- demonstrations

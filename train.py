@@ -40,7 +40,7 @@ from engine.stopping import stoppable
 from envs import Env
 from episode import Batch, Episode, collate
 from eval import evaluate, first_tasks, open_envs, percent, require_steps, summarize, table
-from imitate import first_policy
+from imitate import first_policy, read_config
 from policy import require_context
 from rollout import rollout, train_task
 from update import Learner, NotFiniteError, make_learner, update
@@ -76,6 +76,7 @@ def train(config: TrainConfig, assign_credit: Callable[..., Modulation] = assign
         accelerator = start_ranks(config.threads, config.fsdp, **tracker)
         envs = open_envs(config, config.batch_size, ["train", config.held_out])
         record = Record(config, accelerator)
+        record.header(read_config(config.policy))
         learner, state = prepare(config, accelerator, envs[0])
         record.begin(state.last_written)
 

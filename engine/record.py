@@ -19,6 +19,7 @@ from accelerate import Accelerator
 from accelerate.utils import gather_object
 from filelock import FileLock, Timeout
 from tqdm import tqdm
+from transformers import AutoModelForCausalLM, PretrainedConfig
 
 from config import TrainConfig
 from empg import Modulation
@@ -118,6 +119,16 @@ class Record:
                 self._lock.acquire(timeout=0)
             except Timeout:
                 raise RecordError(f"another run is writing to {self.out}; choose another folder with --out") from None
+
+    def header(self, model: PretrainedConfig) -> None:
+        """One line that says what is going to run, before anything slow."""
+        with torch.device("meta"):  # counts without storage
+            parameters = sum(p.numel() for p in AutoModelForCausalLM.from_config(model).parameters())
+        config, device = self.config, self.accelerator.device.type
+        threads = f", {torch.get_num_threads()} threads" if device == "cpu" else ""
+        place = f"{device}{threads}, {self.accelerator.num_processes} process(es)"
+        batch = f"{config.tasks_per_iteration} tasks x {config.group_size} episodes"
+        self.say(f"{config.policy}, {parameters / 1e6:.2f}M parameters; {place}; {batch}; {config.out}")
 
     def begin(self, last: int) -> None:
         """Write config.json, and delete the rows after iteration `last`; the resumed run writes them again. -1 deletes

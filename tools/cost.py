@@ -16,12 +16,11 @@ from dataclasses import dataclass
 
 import torch
 from torch import nn
-from transformers import AutoConfig, AutoModelForCausalLM, PretrainedConfig
+from transformers import AutoModelForCausalLM, PretrainedConfig
 
 from config import TrainConfig, parse_config
 from engine.scorer import CHUNK_ELEMENTS
-from policy import PolicyError, require_model
-from tiny import TinyConfig, tiny_model_config
+from imitate import read_config
 
 HEADROOM = 0.1  # share of a device's memory that a run should leave free
 # Bytes that a layer keeps for its backward pass, for one token, per unit of its width, of the MLP's width and of the
@@ -142,17 +141,6 @@ def describe(config: TrainConfig, shape: Shape, ranks: int, precision: str) -> l
         f"{own * longest:,} of one process; {config.epochs * config.mini_batches} optimizer steps",
         f"run         {config.iterations} iterations, {config.iterations * episodes:,} episodes",
     ]
-
-
-def read_config(policy: str) -> PretrainedConfig:
-    """The configuration of a folder, of a hub id, or of the tiny model. Raises PolicyError if there is none."""
-    if policy == "tiny":
-        return tiny_model_config(TinyConfig(), TinyConfig.vocab_size)
-    try:
-        require_model(policy)
-        return AutoConfig.from_pretrained(policy)
-    except (OSError, ValueError) as error:
-        raise PolicyError(f"no configuration of a model at {policy!r}: {str(error).splitlines()[0]}") from error
 
 
 def main() -> None:
