@@ -31,7 +31,7 @@ from engine.record import reporting, require_writable
 from envs import PLAYERS, Env, example, held_out_splits, make_envs
 from episode import Episode, Task, save_episodes
 from policy import Policy, load_policy, require_context
-from rollout import play_scripted, rollout
+from rollout import play_scripted, require_steps, rollout
 
 # --------------------------------------------------------------------------------------------------------- playing
 
@@ -81,15 +81,6 @@ def evaluate(
 
     with nullcontext() if isinstance(player, str) else weights_for_sampling(accelerator, player.model):
         return require_steps(play_over_ranks(accelerator, tasks, play))
-
-
-def require_steps(episodes: list[Episode]) -> list[Episode]:
-    """The episodes. Ends the program if none of them has a step, because nothing could be measured or learnt."""
-    if not any(episode.steps for episode in episodes):
-        errors = [episode.info["error"] for episode in episodes if "error" in episode.info]
-        reason = errors[0] if errors else "the first observation leaves no room for a response, raise --max_tokens"
-        raise SystemExit(f"none of {len(episodes)} episodes has a step: {reason}")
-    return episodes
 
 
 # ------------------------------------------------------------------------------------------------------- measuring

@@ -162,6 +162,15 @@ def _abort(episode: Episode, error: Exception) -> None:
     episode.truncated, episode.info = True, episode.info | {"valid": False, "error": what}
 
 
+def require_steps(episodes: list[Episode]) -> list[Episode]:
+    """The episodes. Ends the program if none of them has a step, because nothing could be measured or learnt."""
+    if not any(episode.steps for episode in episodes):
+        reasons = [episode.info["error"] for episode in episodes if "error" in episode.info]
+        reasons += ["the first observation leaves no room for a response, raise --max_tokens"]
+        raise SystemExit(f"none of {len(episodes)} episodes has a step: {reasons[0]}")
+    return episodes
+
+
 # ------------------------------------------------------------------------------------------------- scripted players
 
 

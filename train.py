@@ -39,10 +39,10 @@ from engine.record import Record, episode_metrics, eval_metrics, step_metrics, u
 from engine.stopping import stoppable
 from envs import Env
 from episode import Batch, Episode, collate
-from eval import evaluate, first_tasks, open_envs, percent, require_steps, summarize, table
+from eval import evaluate, first_tasks, open_envs, percent, summarize, table
 from imitate import first_policy, read_config
 from policy import require_context
-from rollout import rollout, train_task
+from rollout import require_steps, rollout, train_task
 from update import Learner, NotFiniteError, make_learner, update
 
 MAX_ROUNDS = 4  # of dynamic sampling in an iteration
@@ -76,8 +76,10 @@ def train(config: TrainConfig, assign_credit: Callable[..., Modulation] = assign
         accelerator = start_ranks(config.threads, config.fsdp, **tracker)
         envs = open_envs(config, config.batch_size, ["train", config.held_out])
         record = Record(config, accelerator)
-        record.header(read_config(config.policy))
-        learner, state = prepare(config, accelerator, envs[0])
+        # The main process alone reads every checkpoint to its end to verify it.
+        newest, state = broadcast_object_list([run_position(config) if accelerator.is_main_process else None])[0]
+        record.header(read_config(str(newest or config.policy)))
+        learner = prepare(config, accelerator, envs[0], newest)
         record.begin(state.last_written)
 
         def save_and_end() -> Path:
@@ -94,12 +96,7 @@ def train(config: TrainConfig, assign_credit: Callable[..., Modulation] = assign
 
 
 def iterate(
-    config: TrainConfig,
-    learner: Learner,
-    envs: list[Env],
-    record: Record,
-    state: RunState,
-    assign_credit: Callable[..., Modulation] = assign_credit,
+    config: TrainConfig, learner: Learner, envs: list[Env], record: Record, state: RunState, assign_credit: Callable
 ) -> None:
     """The algorithm. Raises Stopped, while it samples, if the run was asked to stop; `state` can be saved then."""
     if state.unwritten is not None:  # iteration 0, or a run that was stopped before it evaluated this iteration
@@ -146,20 +143,17 @@ def sample_groups(
     Dynamic sampling (DAPO) keeps the groups in which some episodes succeed and some do not. It samples until it has
     enough groups, at most MAX_ROUNDS times, and then trains on those that it has.
     """
-    kept, solved, wanted, used = [], [], config.tasks_per_iteration, 0
+    kept, solved, used, wanted = [], [], 0, config.tasks_per_iteration
     while len(kept) < wanted and used < wanted * MAX_ROUNDS:
         groups = sample_round(config, learner, envs, next_task + used)
-        require_steps([episode for group in groups for episode in group])
         used += wanted
-        solved += [sum(episode.success for episode in group) for group in groups]
-        if not config.dynamic_sampling:
-            kept = groups
-            break
-        kept += [group for group in groups if 0 < sum(episode.success for episode in group) < config.group_size]
+        for group in groups:
+            solved.append(sum(episode.success for episode in group))
+            if not config.dynamic_sampling or 0 < solved[-1] < config.group_size:
+                kept.append(group)
     if len(kept) < wanted and learner.accelerator.is_main_process:
         tqdm.write(f"dynamic sampling: of {used} groups only {len(kept)} differ in success; training on these")
-    kept = kept[:wanted]
-    success = sum(solved) / (len(solved) * config.group_size)
+    success, kept = sum(solved) / (used * config.group_size), kept[:wanted]
     return kept, {"group/tasks_used": used, "group/kept": len(kept), "group/success": success}
 
 
@@ -175,7 +169,9 @@ def sample_round(config: TrainConfig, learner: Learner, envs: list[Env], first_t
         return [episodes[start : start + size] for start in range(0, len(episodes), size)]
 
     with weights_for_sampling(learner.accelerator, learner.policy.model):
-        return play_over_ranks(learner.accelerator, range(first_task, first_task + tasks), play)
+        groups = play_over_ranks(learner.accelerator, range(first_task, first_task + tasks), play)
+    require_steps([episode for group in groups for episode in group])
+    return groups
 
 
 # ---------------------------------------------------------------------------------------------- 8  evaluate and save
@@ -183,40 +179,41 @@ def sample_round(config: TrainConfig, learner: Learner, envs: list[Env], first_t
 
 def evaluate_and_save(config: TrainConfig, learner: Learner, envs: list[Env], record: Record, state: RunState) -> None:
     """The end of an iteration: evaluate if it is time, write its metrics, save if it is time."""
-    iteration, out = state.iteration, Path(config.out)
-    if config.is_evaluated(iteration):
-        tasks = first_tasks(envs[0], config.env, config.held_out, config.eval_tasks)
-        summary = summarize(evaluate(learner.policy, envs, tasks, config, learner.accelerator))
-        state.unwritten |= eval_metrics(summary)
-        record.say(f"iteration {iteration}: {percent(summary)} of {len(tasks)} held-out tasks")
-        if iteration:
-            state.after = summary
-            keep_best(out, state, learner.accelerator, learner.policy)
-        else:
-            state.before = summary
-    record.metrics(iteration, state.unwritten)
+    if config.is_evaluated(state.iteration):
+        evaluate_held_out(config, learner, envs, record, state)
+    record.metrics(state.iteration, state.unwritten)
     state.unwritten = None
-    if iteration and (iteration % config.checkpoint_every == 0 or iteration == config.iterations):
-        save(out, state, learner.accelerator, learner.policy, learner.optimizer)
+    if state.iteration == config.iterations or (state.iteration and state.iteration % config.checkpoint_every == 0):
+        save(Path(config.out), state, learner.accelerator, learner.policy, learner.optimizer)
+
+
+def evaluate_held_out(config: TrainConfig, learner: Learner, envs: list[Env], record: Record, state: RunState) -> None:
+    """Evaluate the policy on held-out tasks, the same in every evaluation, and keep it if it is the best so far."""
+    tasks = first_tasks(envs[0], config.env, config.held_out, config.eval_tasks)
+    summary = summarize(evaluate(learner.policy, envs, tasks, config, learner.accelerator))
+    record.say(f"iteration {state.iteration}: {percent(summary)} of {len(tasks)} held-out tasks")
+    state.unwritten |= eval_metrics(summary)
+    if state.iteration == 0:
+        state.before = summary
+    else:
+        state.after = summary
+        keep_best(Path(config.out), state, learner.accelerator, learner.policy)
 
 
 # -------------------------------------------------------------------------------------------- the start and the end
 
 
-def prepare(config: TrainConfig, accelerator: Accelerator, env: Env) -> tuple[Learner, RunState]:
-    """The learner and the run's state: new, or restored from the newest good checkpoint."""
-    # The main process alone reads every checkpoint to its end to verify it.
-    found = [run_position(config) if accelerator.is_main_process else None]
-    newest, state = broadcast_object_list(found)[0]
+def prepare(config: TrainConfig, accelerator: Accelerator, env: Env, checkpoint: Path | None = None) -> Learner:
+    """The learner: from the policy that training starts from, or restored from a checkpoint."""
     link = Path(config.out) / "first_policy"
-    first = str(link) if newest and link.exists() else first_policy(config, accelerator, env)
+    first = str(link) if checkpoint and link.exists() else first_policy(config, accelerator, env)
     if accelerator.is_main_process:
-        link_first_policy(Path(config.out), first)
-    learner = make_learner(config, accelerator, str(newest or first), first)
+        link_first_policy(link, first)
+    learner = make_learner(config, accelerator, str(checkpoint or first), first)
     require_context(learner.policy, config.max_tokens)
-    if newest:
-        restore(newest, learner.policy, learner.optimizer)
-    return learner, state
+    if checkpoint:
+        restore(checkpoint, learner.policy, learner.optimizer)
+    return learner
 
 
 def finish(config: TrainConfig, accelerator: Accelerator, record: Record, state: RunState) -> None:

@@ -4,7 +4,6 @@ All ranks hold the whole batch and take every n-th row of each mini-batch. The n
 mini-batch, so its gradient is the same however the rows are divided into micro-batches and among ranks.
 """
 
-import contextlib
 import math
 from collections import defaultdict
 from collections.abc import Iterator, Sequence
@@ -17,7 +16,7 @@ from torch import Tensor
 
 from config import TrainConfig
 from empg import aggregate, kl_k3, loss_normalizer, policy_loss, spread
-from engine.ranks import explain_out_of_memory, prepare_frozen, to_float
+from engine.ranks import explain_out_of_memory, gradient_sync, prepare_frozen, to_float
 from engine.scorer import make_scorable
 from episode import Batch, Episode
 from policy import Policy, load_policy
@@ -69,7 +68,7 @@ def update(config: TrainConfig, learner: Learner, batch: Batch, advantage: Tenso
         parts = micro_batches(config, accelerator, batch.length, rows)
         for number, (part, weight) in enumerate(parts, 1):
             micro_batch = batch.select(part)
-            with gradient_sync(learner, last=number == len(parts)):
+            with gradient_sync(accelerator, learner.model, last=number == len(parts)):
                 loss, part_sums = micro_batch_loss(config, learner, micro_batch, token_advantage[part], normalizer)
                 require_finite(loss.item(), micro_batch.episodes)
                 accelerator.backward(weight * loss)
@@ -140,13 +139,6 @@ def split_by_tokens(rows: list[int], lengths: list[int], budget: int) -> list[li
         else:
             parts.append([row])
     return parts
-
-
-def gradient_sync(learner: Learner, last: bool) -> contextlib.AbstractContextManager:
-    """DDP all-reduces gradients once per mini-batch, in its `last` backward pass. FSDP2 must reduce in every pass."""
-    if last or learner.accelerator.is_fsdp2:
-        return contextlib.nullcontext()
-    return learner.accelerator.no_sync(learner.model)
 
 
 # --------------------------------------------------------------------------------------------------------- the loss

@@ -244,11 +244,10 @@ def restore(folder: Path, policy: Policy, optimizer: torch.optim.Optimizer) -> N
         load_optimizer(folder, optimizer)
 
 
-def link_first_policy(out: Path, policy: str) -> None:
+def link_first_policy(link: Path, policy: str) -> None:
     """Let OUT/first_policy point to the policy that the run starts from, if it is a folder, for eval.py --compare."""
-    link = out / "first_policy"
     if Path(policy).is_dir() and policy != str(link):
-        out.mkdir(parents=True, exist_ok=True)
+        link.parent.mkdir(parents=True, exist_ok=True)
         link.unlink(missing_ok=True)
         link.symlink_to(Path(policy).resolve(), target_is_directory=True)
 

@@ -17,7 +17,7 @@ Not run here: several machines. Their ranks need a common file system for checkp
 import os
 import shutil
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from datetime import timedelta
 from operator import itemgetter
 from pathlib import Path
@@ -169,6 +169,11 @@ def sharding_accelerator(**options) -> Accelerator:
         # Accelerate's own policy would also round gradients, and log-probs on their way out of the model.
         plugin.mixed_precision_policy = MixedPrecisionPolicy(param_dtype=dtype, reduce_dtype=torch.float32)
     return accelerator
+
+
+def gradient_sync(accelerator: Accelerator, model: nn.Module, last: bool) -> AbstractContextManager:
+    """DDP all-reduces gradients once per mini-batch, in its `last` backward pass. FSDP2 must reduce in every pass."""
+    return nullcontext() if last or accelerator.is_fsdp2 else accelerator.no_sync(model)
 
 
 def prepare_frozen(accelerator: Accelerator, model: nn.Module) -> nn.Module:

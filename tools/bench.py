@@ -121,7 +121,7 @@ def measure_trl(
     config = replace(config, iterations=bench.repeats + 1, learning_rate=1e-12)
     number = config.tasks_per_iteration * config.group_size
     envs = make_envs(config.env, config.env_args, number)
-    learner, _ = prepare(config, accelerator, envs[0])
+    learner = prepare(config, accelerator, envs[0])
     ours, tokens = [], []
 
     def iterate(iteration: int) -> int:
@@ -267,7 +267,7 @@ def measure_training(bench: BenchConfig) -> Iterator[dict[str, float]]:
     """The parts that play and train the policy of the default run."""
     config = TrainConfig(policy=bench.policy, out="out/bench")
     accelerator = start_ranks(bench.threads)
-    learner, _ = prepare(config, accelerator, make_envs(config.env, config.env_args, 1)[0])
+    learner = prepare(config, accelerator, make_envs(config.env, config.env_args, 1)[0])
     if bench.only in ("all", "rollout"):
         yield measure_rollout(config, learner.policy, bench.environments, bench.repeats)
     if bench.only in ("all", "empg"):
