@@ -1,12 +1,11 @@
 """What the lab's kept batch is trained with, by the code as it stands. The exercises of docs/lab.md run it.
 
     python -m docs.lab.batch                          the batch of the run in docs/lab/house
-    python -m docs.lab.batch --normalization rank     any flag of train.py; --out names the folder of another run
+    python -m docs.lab.batch --no_empg                any flag of train.py; --out names the folder of another run
 
-It plays no episode and trains nothing: `train.assign_credit` gets the episodes that the run kept.
+It plays no episode and trains nothing. It takes the episodes that the run kept through beats 2, 3 and 4 of train.py.
 """
 
-import dataclasses
 import json
 from collections.abc import Sequence
 from pathlib import Path
@@ -15,9 +14,9 @@ import torch
 from torch.nn.utils.rnn import pad_sequence
 
 from config import TrainConfig, parse_config
-from empg import rewards_differ
-from episode import Episode, collate
-from train import assign_credit
+from empg import step_entropy
+from episode import collate, load_episodes
+from train import assign_credit, score
 
 
 def report(config: TrainConfig) -> dict:
@@ -26,13 +25,13 @@ def report(config: TrainConfig) -> dict:
     if not kept:
         raise FileNotFoundError(f"{config.out} has no kept episodes; a run writes them to its folder episodes/")
     records = [json.loads(line) for line in kept[-1].read_text().splitlines()]
-    names = [field.name for field in dataclasses.fields(Episode)]
-    batch = collate([Episode(**{name: record[name] for name in names}) for record in records])
-    now = assign_credit(config, batch)
-    valid, advantage, g = now.valid, now.advantage, now.g[now.valid]  # (B, S), (B, S), (steps of the batch,)
+    batch = collate(load_episodes(kept[-1]))
+    entropy, valid = step_entropy(batch.token_entropy, batch.step_ids)  # (B, S)
+    now = assign_credit(config, batch, score(config, batch), entropy, valid)
+    advantage, g = now.advantage, now.g[valid]  # (B, S), (steps of the batch,)
     then = pad_sequence([torch.tensor(record["modulation"]["advantage"]) for record in records], batch_first=True)
     last = valid & ~torch.nn.functional.pad(valid[:, 1:], (0, 1))  # (B, S), the last step of each episode
-    equal = valid & ~rewards_differ(batch.reward, config.group_size)[:, None]  # groups without a base advantage
+    equal = valid & (now.base == 0)[:, None]  # groups whose rewards are all equal
     numbers = {
         "base_max": now.base.max(),
         "entropy_max": now.entropy[valid].max(),
