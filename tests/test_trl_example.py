@@ -1,9 +1,14 @@
-"""The example for TRL: what reaches TRL's loss against this project's own path from episodes to token advantages."""
+"""EMPG in TRL: what reaches TRL's loss against this project's own path from episodes to token advantages."""
 
+import ast
+import doctest
 import itertools
+import math
 import os
 import subprocess
 import sys
+import textwrap
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -11,7 +16,8 @@ import torch
 from torch.nn.utils.rnn import pad_sequence
 
 from config import TrainConfig
-from empg import center, group_advantages, modulate, spread, step_entropy, token_logp_and_entropy
+from empg import center, group_advantages, modulation, spread, step_entropy, token_logp_and_entropy
+from engine.record import step_metrics
 from envs import make_envs, parse_response
 from episode import Episode, Step, Task, collate
 from policy import Policy, load_policy
@@ -19,12 +25,17 @@ from worlds.house import HouseConfig
 
 pytest.importorskip("trl", reason="pip install -r requirements-trl.txt")
 
-from examples import trl_empg
+from datasets import Dataset
+from transformers import LlamaConfig, LlamaForCausalLM
+
+from examples import empg_trainer, trl_house
 
 EMPG, NO_EMPG = {"k": 1.0, "k_future": 0.5, "zeta": 0.1}, {"k": 0.0, "k_future": 1.0, "zeta": 0.0}
+METRICS = ["entropy/mean", "entropy/min", "entropy/max", "empg/g_min", "empg/g_max", "empg/f_mean"]
+METRICS += ["advantage/mean", "advantage/std"]
 
 
-class Recorder(trl_empg.EMPGTrainer):
+class Recorder(empg_trainer.EMPGTrainer):
     """Keeps for each iteration the weights that played it, and what reached the loss with the task and reward."""
 
     def __init__(self, *args, **kwargs):
@@ -49,11 +60,16 @@ def steps_of(row: int) -> int:
     return 2 + row % 2
 
 
+def logged(trainer: empg_trainer.EMPGTrainer) -> list[dict]:
+    """TRL's line of each iteration."""
+    return [line for line in trainer.state.log_history if "reward" in line]
+
+
 def rows_of(inputs: dict) -> list[tuple]:
     return list(zip(*(value if value.dim() else itertools.repeat(value) for value in inputs.values()), strict=False))
 
 
-class ScoredEnv(trl_empg.AgentEnv):
+class ScoredEnv(trl_house.AgentEnv):
     """The policy of the tests never succeeds, so the length of its actions is rewarded. Episodes take 2, 3, 2, 3 steps.
 
     Step counts that differ within a group give the advantages a mean over steps that is not 0.
@@ -93,9 +109,9 @@ def play(folder: str, strength: dict) -> Recorder:
         max_tokens=512,
     )
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(trl_empg, "AgentEnv", ScoredEnv)
+        patch.setattr(trl_house, "AgentEnv", ScoredEnv)
         patch.setattr(ScoredEnv, "made", 0)
-        trainer = trl_empg.make_trainer(config, folder, Recorder, micro_batch_size=2 // ranks, **strength)
+        trainer = trl_house.make_trainer(config, folder, Recorder, micro_batch_size=2 // ranks, **strength)
         trainer.train()
         return trainer
 
@@ -124,7 +140,7 @@ def episode_of(reached: dict, policy: Policy) -> Episode:
         episode.append_sampled(ids[start:end], [0.0] * (end - start), entropy[start:end])
         action = parse_response(policy.decode(ids[start:end]))[1]
         observation, _, terminated, truncated, _ = env.step(action)
-        episode.steps.append(Step("", action, observation, True, start, end, 0.0))
+        episode.steps.append(Step("", action, observation, True, start, end))
         done = terminated or truncated
         if not done:
             start, end = end, end + len(policy.between([observation])[0])
@@ -135,10 +151,11 @@ def episode_of(reached: dict, policy: Policy) -> Episode:
     return episode
 
 
-def check(record: list[dict], folder: str, strength: dict) -> None:
-    """Every token's advantage, against step_entropy, modulate and spread on the batch that collate makes."""
+def check(record: list[dict], logged: list[dict], folder: str, strength: dict) -> None:
+    """Every token's advantage and every metric, against empg's functions on the batch that collate makes."""
     policy = load_policy(folder)
-    for iteration in record:
+    assert len(logged) == len(record) == 2
+    for iteration, metrics in zip(record, logged, strict=True):
         policy.model.load_state_dict(iteration["weights"])
         reached = sorted(iteration["reached"], key=lambda row: (int(row["task"]), int(row["row"])))
         assert len(reached) == 4
@@ -147,10 +164,13 @@ def check(record: list[dict], folder: str, strength: dict) -> None:
         assert sorted(valid.sum(1).tolist()) == [2, 2, 3, 3]
         advantage = group_advantages(batch.reward, 2, eps=1e-4)
         assert advantage.unique().numel() > 1
+        credit = modulation(advantage, entropy, valid, **strength)
+        expected = credit.advantage
         if strength == NO_EMPG:
             expected = center(advantage[:, None].expand_as(entropy), valid)
-        else:
-            expected = modulate(advantage, entropy, valid, **strength)
+        assert {name: metrics[name] for name in METRICS} == pytest.approx(
+            {name: step_metrics(credit)[name] for name in METRICS}, rel=1e-4, abs=1e-5
+        )
         token_advantage = spread(expected, batch.step_ids)
         for row, values in zip(reached, token_advantage, strict=True):
             first, length = int(row["prompt_mask"].sum()), int(row["completion_mask"].sum())
@@ -168,9 +188,27 @@ def folder(house_policy, tmp_path) -> str:
 @pytest.mark.parametrize("strength", [EMPG, NO_EMPG], ids=["empg", "no empg"])
 def test_what_reaches_the_loss_is_modulated_over_the_whole_batch(strength, folder):
     trainer = play(folder, strength)
-    check(trainer.record, folder, strength)
+    check(trainer.record, logged(trainer), folder, strength)
     before, after = trainer.record[0]["weights"], trainer.model.state_dict()
     assert all((before[name] != after[name]).any() for name in before)
+
+
+def test_what_is_logged_is_what_trains(folder, monkeypatch):
+    """With a part of the modulation replaced, its metric and the advantages that reach the loss change together."""
+
+    def halved(*args, **strength):
+        credit = modulation(*args, **strength)
+        return replace(credit, g=credit.g / 2, advantage=credit.advantage / 2)
+
+    whole = play(folder, EMPG)
+    monkeypatch.setattr(empg_trainer, "modulation", halved)
+    half = play(folder, EMPG)
+    first, second = logged(whole)[0], logged(half)[0]  # of the first iteration: then the weights differ
+    for name in METRICS:
+        part = 0.5 if name in ("empg/g_min", "empg/g_max", "advantage/mean", "advantage/std") else 1
+        assert second[name] == pytest.approx(part * first[name], abs=1e-7)
+    for one, other in zip(whole.record[0]["reached"], half.record[0]["reached"], strict=True):
+        torch.testing.assert_close(other["advantages"], one["advantages"] / 2)
 
 
 def test_two_processes_modulate_over_the_episodes_of_both(folder, tmp_path):
@@ -181,10 +219,16 @@ def test_two_processes_modulate_over_the_episodes_of_both(folder, tmp_path):
     result = subprocess.run(command, cwd=tmp_path, env=environ, capture_output=True, text=True)
     assert result.returncode == 0, result.stderr[-2000:]
     ranks = [torch.load(tmp_path / f"rank{rank}.pt") for rank in (0, 1)]
-    for one, other in zip(*ranks, strict=True):
+    (record, lines), (others, _) = ranks
+    for one, other in zip(record, others, strict=True):
         assert len(one["reached"]) == len(other["reached"]) == 2
         one["reached"] += other["reached"]
-    check(ranks[0], folder, EMPG)
+    check(record, lines, folder, EMPG)
+
+
+def test_the_example_in_a_docstring():
+    assert doctest.testmod(empg_trainer).attempted == 1
+    assert not doctest.testmod(empg_trainer).failed
 
 
 def test_trl_gives_the_entropies_and_steps_that_the_rollout_recorded(folder, house_policy, house_episodes):
@@ -206,11 +250,64 @@ def test_trl_gives_the_entropies_and_steps_that_the_rollout_recorded(folder, hou
         "completion_mask": (torch.arange(int(lengths.max())) < lengths[:, None]).long(),
     }
     steps = completions("step_ids")
-    assert trl_empg.sampled_steps((steps >= 0).long()).tolist() == steps.tolist()
+    assert empg_trainer.sampled_steps((steps >= 0).long()).tolist() == steps.tolist()
     entropy = trainer.token_entropy(batch).where(steps >= 0, 0)
     torch.testing.assert_close(entropy, completions("token_entropy"), atol=1e-4, rtol=1e-4)
 
 
+# ------------------------------------------------------------------------------------------------- in one's own code
+
+
+def test_the_trainer_knows_empg_torch_and_trl_alone():
+    """So it works where it is copied to, beside empg.py."""
+    tree = ast.parse(Path(empg_trainer.__file__).read_text())
+    modules = {alias.name for node in ast.walk(tree) if isinstance(node, ast.Import) for alias in node.names}
+    modules |= {node.module for node in ast.walk(tree) if isinstance(node, ast.ImportFrom)}
+    assert modules == {"empg", "torch", "trl"}
+
+
+def lines_of_its_docstring() -> str:
+    """The indented lines of the module's docstring."""
+    lines = [line for line in empg_trainer.__doc__.splitlines() if line.startswith("    ")]
+    assert len(lines) == 5
+    return textwrap.dedent("\n".join(lines))
+
+
+def test_the_five_lines_of_its_docstring_train_a_model_without_tools(house_policy, tmp_path, monkeypatch):
+    """A random Llama, and a reward for short completions. Each completion is one step, so f is 0."""
+    monkeypatch.syspath_prepend(Path(empg_trainer.__file__).parent)
+    monkeypatch.chdir(tmp_path)
+    tokenizer = house_policy.tokenizer
+    config = LlamaConfig(
+        vocab_size=len(tokenizer),
+        hidden_size=32,
+        intermediate_size=64,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        eos_token_id=tokenizer.eos_token_id,
+        pad_token_id=tokenizer.pad_token_id,
+    )
+    LlamaForCausalLM(config).save_pretrained("llama")
+    tokenizer.save_pretrained("llama")
+
+    def reward(completions, **_):
+        return [-float(len(text)) for text in completions]
+
+    lines = [line for line in empg_trainer.__doc__.splitlines() if line.startswith("    ")]
+    names = {"model": "llama", "reward": reward, "prompts": Dataset.from_dict({"prompt": ["You are in a room."]})}
+    code = textwrap.dedent("\n".join(lines)).replace("logging_steps=1", "logging_steps=1, use_cpu=True")
+    exec(code, names)
+    metrics = logged(names["trainer"])
+    assert len(lines) == 5
+    assert len(metrics) == 3  # one step in each of three epochs
+    for line in metrics:
+        assert 0 < line["entropy/min"] < line["entropy/max"] <= math.log(len(tokenizer))
+        assert line["empg/g_min"] < 1 < line["empg/g_max"]
+        assert line["empg/f_mean"] == 0
+        assert abs(line["advantage/mean"]) < 1e-5 < line["advantage/std"]
+        assert line["grad_norm"] > 0
+
+
 if __name__ == "__main__":  # one of two processes
-    record = play(sys.argv[1], EMPG).record
-    torch.save(record, f"rank{os.environ['RANK']}.pt")
+    trainer = play(sys.argv[1], EMPG)
+    torch.save((trainer.record, logged(trainer)), f"rank{os.environ['RANK']}.pt")

@@ -116,7 +116,7 @@ def measure_trl(
     Both play the same tasks with the same limits, and update with batches of the same size. The learning rate is almost
     0. So both sample from the same policy all the time, and their episodes are of the same length.
 
-    make_trainer: as in examples/trl_empg.py, but for the plain GRPOTrainer.
+    make_trainer: as in examples/trl_house.py, but for the plain GRPOTrainer.
     """
     config = replace(config, iterations=bench.repeats + 1, learning_rate=1e-12)
     number = config.tasks_per_iteration * config.group_size
@@ -278,7 +278,7 @@ def measure_training(bench: BenchConfig) -> Iterator[dict[str, float]]:
         if importlib.util.find_spec("trl") is None:
             print("the comparison with TRL is left out; it needs: pip install -r requirements-trl.txt")
             return
-        from examples.trl_empg import GRPOTrainer, make_trainer
+        from examples.trl_house import GRPOTrainer, make_trainer
 
         yield measure_trl(bench, config, accelerator, partial(make_trainer, trainer=GRPOTrainer))
 
