@@ -2,8 +2,10 @@
 
 import json
 import os
+import shutil
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
 
 # Before torch is imported: OpenMP's threads would spin while they wait, and take the cores from the other processes.
@@ -16,6 +18,7 @@ from safetensors.torch import load_file
 import eval as evaluation
 import train
 from config import TrainConfig
+from empg import Modulation
 from engine.checkpoint import checkpoints
 from envs import careless_player, make_envs
 from episode import Episode, Task
@@ -84,12 +87,27 @@ def cache(tmp_path_factory) -> Path:
     return tmp_path_factory.mktemp("warm_starts")
 
 
+@pytest.fixture(scope="session")
+def whole(tmp_path_factory, cache) -> Path:
+    """A run of two iterations that nothing stops, with an evaluation after each."""
+    out = tmp_path_factory.mktemp("whole") / "run"
+    train.train(TrainConfig(**SMALL | {"eval_every": 1, "out": str(out), "cache": str(cache)}))
+    return out
+
+
+@pytest.fixture
+def begun(whole, tmp_path) -> Path:
+    """A copy of that run in tmp_path/run, where run(resume=True) resumes it."""
+    return shutil.copytree(whole, tmp_path / "run", symlinks=True)
+
+
 @pytest.fixture
 def run(tmp_path, cache):
     """run(name, **flags) trains in tmp_path/name and returns that folder."""
 
-    def run(name: str = "run", **flags) -> Path:
-        train.train(TrainConfig(**SMALL | {"out": str(tmp_path / name), "cache": str(cache)} | flags))
+    def run(name: str = "run", assign_credit: Callable[..., Modulation] = train.assign_credit, **flags) -> Path:
+        config = TrainConfig(**SMALL | {"out": str(tmp_path / name), "cache": str(cache)} | flags)
+        train.train(config, assign_credit)
         return tmp_path / name
 
     return run
