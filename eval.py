@@ -27,7 +27,7 @@ from scipy import stats
 from config import EvalConfig, TrainConfig, fail, given_flags, parse_config
 from engine.checkpoint import evaluation_of
 from engine.ranks import explain_out_of_memory, play_over_ranks, start_ranks, weights_for_sampling
-from engine.record import reporting, require_writable
+from engine.record import naming_the_file, require_writable
 from envs import PLAYERS, Env, example, held_out_splits, make_envs
 from episode import Episode, Task, save_episodes
 from policy import Policy, load_policy, require_context
@@ -250,7 +250,7 @@ def run(config: EvalConfig, accelerator: Accelerator) -> None:
     result = report(dict(zip(names, played, strict=True)))
     if config.compare:
         result["paired"] = report_pair(*zip(names, played, strict=True))
-    with reporting(files[0] if files else Path()):
+    with naming_the_file(files[0] if files else Path()):
         if config.episodes:
             save_episodes(Path(config.episodes), [episode for episodes in played for episode in episodes])
         if config.json:

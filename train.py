@@ -48,53 +48,6 @@ from update import Learner, NotFiniteError, make_learner, update
 MAX_ROUNDS = 4  # of dynamic sampling in an iteration
 
 
-def score(config: TrainConfig, batch: Batch) -> Tensor:
-    """The group-relative advantage (B,) of each episode, from its reward, with DAPO's penalty if it has a buffer."""
-    reward = batch.reward  # (B,)
-    if config.overlong_buffer:
-        reward = reward + soft_overlong_penalty(batch.length, limit=config.max_tokens, buffer=config.overlong_buffer)
-    return group_advantages(reward, config.group_size)
-
-
-def assign_credit(
-    config: TrainConfig, batch: Batch, advantage: Tensor, entropy: Tensor, valid: Tensor, learner: Learner | None = None
-) -> Modulation:
-    """What each step of the batch is trained with. `train` takes another function in the place of this one.
-
-    advantage: (B,), group-relative.  entropy: (B, S), nats.  valid: (B, S) bool.  learner: for credit that needs the
-    policy. The tensors of the result are (B, S).
-    """
-    if not config.empg:
-        return no_modulation(advantage, entropy, valid)
-    return modulation(advantage, entropy, valid, k=config.k, k_future=config.k_future, zeta=config.zeta)
-
-
-def train(config: TrainConfig, assign_credit: Callable[..., Modulation] = assign_credit) -> None:
-    """The whole run: prepare, iterate, report."""
-    with stoppable(Path(config.out)) as stop:
-        tracker = {} if config.report_to == "none" else {"log_with": config.report_to, "project_dir": config.out}
-        accelerator = start_ranks(config.threads, config.fsdp, **tracker)
-        envs = open_envs(config, config.batch_size, ["train", config.held_out])
-        record = Record(config, accelerator)
-        # The main process alone reads every checkpoint to its end to verify it.
-        newest, state = broadcast_object_list([run_position(config) if accelerator.is_main_process else None])[0]
-        record.header(read_config(str(newest or config.policy)))
-        learner = prepare(config, accelerator, envs[0], newest)
-        record.begin(state.last_written)
-
-        def save_and_end() -> Path:
-            saved = save(Path(config.out), state, accelerator, learner.policy, learner.optimizer)
-            accelerator.end_training()
-            return saved
-
-        stop.save = save_and_end
-        try:
-            iterate(config, learner, envs, record, state, assign_credit)
-        except NotFiniteError as error:
-            raise SystemExit(record.not_finite(state.iteration, error.episodes)) from None
-    finish(config, accelerator, record, state)
-
-
 def iterate(
     config: TrainConfig, learner: Learner, envs: list[Env], record: Record, state: RunState, assign_credit: Callable
 ) -> None:
@@ -105,7 +58,7 @@ def iterate(
         # 1 sample episodes, in groups of one task
         groups, metrics = sample_groups(config, learner, envs, state.next_task)
         state.learnt(metrics["group/tasks_used"], metrics)
-        record.lap("sample")
+        record.spent_on("sample")
 
         if groups:  # dynamic sampling may find no group that differs in success
             batch = collate([episode for group in groups for episode in group], learner.accelerator.device)  # (B, L)
@@ -121,7 +74,7 @@ def iterate(
 
             # 5 loss and backward, 6 clip and step
             sums = update(config, learner, batch, credit.advantage, state.iteration)
-            record.lap("learn")
+            record.spent_on("learn")
 
             # 7 log
             metrics |= episode_metrics(batch.episodes, config.group_size) | step_metrics(credit) | update_metrics(sums)
@@ -174,6 +127,30 @@ def sample_round(config: TrainConfig, learner: Learner, envs: list[Env], first_t
     return groups
 
 
+# ------------------------------------------------------------------------------------------ 2  score, 4  modulate
+
+
+def score(config: TrainConfig, batch: Batch) -> Tensor:
+    """The group-relative advantage (B,) of each episode, from its reward, with DAPO's penalty if it has a buffer."""
+    reward = batch.reward  # (B,)
+    if config.overlong_buffer:
+        reward = reward + soft_overlong_penalty(batch.length, limit=config.max_tokens, buffer=config.overlong_buffer)
+    return group_advantages(reward, config.group_size)
+
+
+def assign_credit(
+    config: TrainConfig, batch: Batch, advantage: Tensor, entropy: Tensor, valid: Tensor, learner: Learner | None = None
+) -> Modulation:
+    """What each step of the batch is trained with. `train` takes another function in the place of this one.
+
+    advantage: (B,), group-relative.  entropy: (B, S), nats.  valid: (B, S) bool.  learner: for credit that needs the
+    policy. The tensors of the result are (B, S).
+    """
+    if not config.empg:
+        return no_modulation(advantage, entropy, valid)
+    return modulation(advantage, entropy, valid, k=config.k, k_future=config.k_future, zeta=config.zeta)
+
+
 # ---------------------------------------------------------------------------------------------- 8  evaluate and save
 
 
@@ -203,6 +180,32 @@ def evaluate_held_out(config: TrainConfig, learner: Learner, envs: list[Env], re
 # -------------------------------------------------------------------------------------------- the start and the end
 
 
+def train(config: TrainConfig, assign_credit: Callable[..., Modulation] = assign_credit) -> None:
+    """The whole run: prepare, iterate, report."""
+    with stoppable(Path(config.out)) as stop:
+        tracker = {} if config.report_to == "none" else {"log_with": config.report_to, "project_dir": config.out}
+        accelerator = start_ranks(config.threads, config.fsdp, **tracker)
+        envs = open_envs(config, config.batch_size, ["train", config.held_out])
+        record = Record(config, accelerator)
+        # The main process alone reads every checkpoint to its end to verify it.
+        newest, state = broadcast_object_list([run_position(config) if accelerator.is_main_process else None])[0]
+        record.header(read_config(str(newest or config.policy)))
+        learner = prepare(config, accelerator, envs[0], newest)
+        record.open(state.last_written)
+
+        def save_and_end() -> Path:
+            saved = save(Path(config.out), state, accelerator, learner.policy, learner.optimizer)
+            accelerator.end_training()
+            return saved
+
+        stop.save = save_and_end
+        try:
+            iterate(config, learner, envs, record, state, assign_credit)
+        except NotFiniteError as error:
+            raise SystemExit(record.not_finite(state.iteration, error.episodes)) from None
+    print_summary(config, accelerator, record, state)
+
+
 def prepare(config: TrainConfig, accelerator: Accelerator, env: Env, checkpoint: Path | None = None) -> Learner:
     """The learner: from the policy that training starts from, or restored from a checkpoint."""
     link = Path(config.out) / "first_policy"
@@ -216,7 +219,7 @@ def prepare(config: TrainConfig, accelerator: Accelerator, env: Env, checkpoint:
     return learner
 
 
-def finish(config: TrainConfig, accelerator: Accelerator, record: Record, state: RunState) -> None:
+def print_summary(config: TrainConfig, accelerator: Accelerator, record: Record, state: RunState) -> None:
     """The table, the picture, and where everything is."""
     record.progress.close()
     accelerator.end_training()

@@ -130,7 +130,7 @@ class Record:
         batch = f"{config.tasks_per_iteration} tasks x {config.group_size} episodes"
         self.say(f"{config.policy}, {parameters / 1e6:.2f}M parameters; {place}; {batch}; {config.out}")
 
-    def begin(self, last: int) -> None:
+    def open(self, last: int) -> None:
         """Write config.json, and delete the rows after iteration `last`; the resumed run writes them again. -1 deletes
         all."""
         main = self.accelerator.is_main_process
@@ -157,8 +157,8 @@ class Record:
         except (OSError, ValueError) as error:
             raise RecordError(f"cannot resume: {error}") from error
 
-    def lap(self, name: str) -> None:
-        """The time since the last lap, in seconds, was spent on `name`."""
+    def spent_on(self, name: str) -> None:
+        """Note that the time since the last call, in seconds, was spent on `name`."""
         now = time.perf_counter()
         self.seconds[name], self.started = now - self.started, now
 
@@ -169,11 +169,11 @@ class Record:
 
     def metrics(self, iteration: int, metrics: dict) -> None:
         """One line each for metrics and timings. Timings have a file of their own, so that metrics are reproducible."""
-        self.lap("record")
+        self.spent_on("record")
         self.accelerator.log(metrics, step=iteration)
         if self.accelerator.is_main_process:
             for name, content in (("metrics.jsonl", metrics), ("timings.jsonl", self.seconds)):
-                with reporting(self.out / name), (self.out / name).open("a") as file:
+                with naming_the_file(self.out / name), (self.out / name).open("a") as file:
                     file.write(json.dumps({"iteration": iteration} | content) + "\n")
         names = {"success": "group/success", "held_out": "eval/success", "H": "entropy/mean"}
         self.shown |= {name: f"{metrics[key]:.2f}" for name, key in names.items() if key in metrics}
@@ -207,14 +207,14 @@ class Record:
         """The first and the last evaluation as JSON, and the learning curves."""
         if self.accelerator.is_main_process:
             self._replace("result.json", json.dumps(summaries, indent=1))
-            with reporting(self.out / "curves.png"):
+            with naming_the_file(self.out / "curves.png"):
                 draw_curves(self.out / "metrics.jsonl", self.out / "curves.png")
 
     def _replace(self, name: str, text: str) -> None:
         """Write a file aside and put it in place when it is whole, so that a killed run leaves the old one."""
         path = self.out / name
         aside = path.with_name(f".{path.name}.partial")
-        with reporting(path):
+        with naming_the_file(path):
             aside.write_text(text)
             os.replace(aside, path)
 
@@ -226,7 +226,7 @@ def revision() -> str:
 
 
 @contextmanager
-def reporting(path: Path) -> Iterator[None]:
+def naming_the_file(path: Path) -> Iterator[None]:
     """Turns an OSError, such as a full disk, into a RecordError that names the file."""
     try:
         yield
@@ -236,7 +236,7 @@ def reporting(path: Path) -> Iterator[None]:
 
 def require_writable(folder: Path) -> None:
     """Make the folder. Raises RecordError unless files can be written there."""
-    with reporting(folder):
+    with naming_the_file(folder):
         folder.mkdir(parents=True, exist_ok=True)
         probe = folder / f".probe.{os.getpid()}"
         probe.touch()
