@@ -13,12 +13,10 @@ few graphs are needed. A CPU runs the same functions on exact shapes.
 """
 
 import math
-from collections.abc import Iterator
-from contextlib import contextmanager
 from typing import NamedTuple
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from transformers import DynamicCache
 from transformers.cache_utils import DynamicLayer
 
@@ -281,30 +279,3 @@ class Sampler:
 
 def _round_up(number: int, multiple: int) -> int:
     return -(-number // multiple) * multiple
-
-
-# --------------------------------------------------------------------------------------------- weights for sampling
-
-
-@contextmanager
-def sampling_weights(model: nn.Module, mixed_precision: str) -> Iterator[None]:
-    """While this lasts, linear layers hold their weights in the type that mixed precision computes in.
-
-    Autocast casts their float32 weights in every forward pass, which costs a decode step more than its own work. Here
-    they are cast once, and the numbers are the same. The copy takes 2 bytes a parameter.  mixed_precision: as
-    Accelerate names it; nothing is done for "no".
-    """
-    dtype = {"bf16": torch.bfloat16, "fp16": torch.float16}.get(mixed_precision)
-    if dtype is None:
-        yield
-        return
-    layers = [layer for layer in model.modules() if isinstance(layer, nn.Linear) and layer.weight.dtype != dtype]
-    kept = [(layer, name, weight) for layer in layers for name, weight in layer.named_parameters(recurse=False)]
-    try:
-        for layer, name, weight in kept:
-            setattr(layer, name, nn.Parameter(weight.detach().to(dtype), requires_grad=False))
-        with torch.autocast(model.device.type, dtype):
-            yield
-    finally:
-        for layer, name, weight in kept:
-            setattr(layer, name, weight)

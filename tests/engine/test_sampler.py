@@ -1,4 +1,4 @@
-"""The sampler: tokens have the probabilities of softmax, and no shape, cache or weight type changes an episode.
+"""The sampler draws from softmax, and no shape, cache or weight type changes an episode.
 
 A decode step on a GPU is a CUDA graph: of fixed shapes, at fixed addresses, without the host. These conditions are
 tested on the CPU. Capture and replay need a GPU.
@@ -15,14 +15,15 @@ from torch import tensor
 from transformers import AutoModelForCausalLM, LlamaConfig, Qwen2Config, Qwen3Config
 
 from engine import sampler
-from engine.sampler import Sampler, SlotLayer, sample, sampling_weights
+from engine.ranks import sampling_weights
+from engine.sampler import Sampler, SlotLayer, sample
 from envs import make_envs
 from episode import Episode, Task
 from policy import Policy
 from rollout import rollout
 
 JUST_BELOW_1 = math.nextafter(1.0, 0.0)
-STATIC = (4, 32, 3)  # rows and columns are rounded up to these, and every third decode step checks for the end
+STATIC = (4, 8, 3)  # rows and columns are rounded up to these, and every third decode step checks for the end
 SIZES = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2, "num_attention_heads": 4}
 
 
@@ -34,11 +35,11 @@ def random_policy(config: type, house_policy: Policy) -> Policy:
     return Policy(AutoModelForCausalLM.from_config(settings), house_policy.tokenizer)
 
 
-def play(policy: Policy, number: int = 7, at_once: int = 7, **options) -> list[Episode]:
-    """Episodes of two groups in the house. Some leave before others."""
-    envs = [make_envs("house", [f"max_steps={1 + i % 3}"], 1)[0] for i in range(at_once)]
+def play(policy: Policy, number: int = 7, steps: int = 3) -> list[Episode]:
+    """Episodes of groups of four in the house. They have different numbers of steps."""
+    envs = [make_envs("house", [f"max_steps={1 + i % steps}"], 1)[0] for i in range(7)]
     tasks = [Task("house", "eval", i // 4) for i in range(number)]
-    return rollout(policy, envs, tasks, [(0, i) for i in range(number)], max_step_tokens=12, max_tokens=400, **options)
+    return rollout(policy, envs, tasks, [(0, i) for i in range(number)], max_step_tokens=12, max_tokens=400)
 
 
 def assert_same(played: list[Episode], expected: list[Episode], atol: float = 1e-4) -> None:
@@ -66,7 +67,7 @@ def test_sample_by_hand():
 
 @pytest.mark.parametrize("temperature", [0.5, 1.0, 2.0])
 def test_sample_has_the_frequencies_of_softmax(temperature):
-    """Chi-square with a false-positive rate of one in a million, were the seed not fixed."""
+    """Chi-square test. One seed in a million would fail by chance; the seed is fixed."""
     logits, number = tensor([2.0, 1.0, 0.5, 0.0, -1.0]), 20_000
     uniform = torch.from_numpy(np.random.default_rng(0).random(number))
     counts = sample(logits.expand(number, 5), uniform, temperature).bincount(minlength=5)
@@ -77,9 +78,9 @@ def test_sample_has_the_frequencies_of_softmax(temperature):
 
 
 def test_sample_reaches_every_token_behind_a_likely_one():
-    """In float32 the distribution function stands still behind 0.9999: most of 150,000 rare tokens were never drawn."""
+    """In float32 the cumulative probability stopped growing at 0.9999. Most of 150,000 rare tokens were never drawn."""
     rare = 149_999  # together 1 in 10,000: the first token has the odds of 9,999 times all of them
-    logits = torch.zeros(1, 1 + rare, dtype=torch.float64)
+    logits = torch.zeros(1, 1 + rare)
     logits[0, 0] = math.log(9_999 * rare)
     tokens = tensor([1, 2, 75_000, 149_998, 149_999])
     uniform = 0.9999 + 0.0001 * (tokens.double() - 0.5) / rare  # in the middle of the token's share
@@ -118,24 +119,28 @@ def test_rounded_shapes_and_rare_checks_change_nothing(config, house_policy, mon
 
 
 def test_a_decode_step_stays_in_its_place_in_memory_and_needs_nothing_of_the_host(house_policy, monkeypatch):
-    """A CUDA graph repeats what it did to the same addresses. Whatever Python decides in between is lost."""
-    expected = play(house_policy)
-    monkeypatch.setitem(sampler.ROUNDING, "cpu", STATIC)
-    decode, places, steps = Sampler._decode, {}, []
+    """A CUDA graph repeats its kernels at the same addresses, without what Python decides between them."""
+    expected = play(house_policy, steps=7)
+    monkeypatch.setitem(sampler.ROUNDING, "cpu", (4, 64, 3))
+    decode, steps, captured = Sampler._decode, [], []
 
     def watched(self, rows, columns):
         hidden = {name: self.__dict__.pop(name) for name in ("lengths", "columns", "rounding")}
         decode(self, rows, columns)
         self.__dict__ |= hidden
-        assert not self.state.open[len(self.lengths) :].any()  # rows that only round the number up would never end
+        assert not self.state.open[len(self.lengths) :].any()  # an open padding row would never end
         tensors = [*vars(self.state).values(), *(buffer for layer in self.cache.layers for buffer in layer.buffers)]
-        places.setdefault((self.columns, rows, columns), set()).add(tuple(part.data_ptr() for part in tensors))
-        steps.append(rows)
+        addresses = tuple(part.data_ptr() for part in tensors)
+        steps.append(addresses)
+        if (rows, columns) not in self.graphs:
+            self.graphs[rows, columns] = addresses  # in place of a graph that was captured now
+            captured.append(addresses)
+        assert self.graphs[rows, columns] == addresses
 
     monkeypatch.setattr(Sampler, "_decode", watched)
-    assert_same(play(house_policy), expected)
-    assert {len(addresses) for addresses in places.values()} == {1}
-    assert len(steps) > 2 * len(places)  # graphs are used again
+    assert_same(play(house_policy, steps=7), expected)
+    assert len(set(captured)) > 1  # the cache grew
+    assert len(steps) > 2 * len(captured)  # graphs are used again
 
 
 def test_reading_in_parts_changes_nothing(house_policy, monkeypatch):
