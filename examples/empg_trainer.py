@@ -1,4 +1,4 @@
-"""EMPG in TRL: a GRPOTrainer that modulates its advantages by step entropy. Copy this file and empg.py to your script.
+"""EMPG in TRL: a GRPOTrainer that modulates its advantages by step entropy. Copy it and empg.py beside your script.
 
     from trl import GRPOConfig
     from empg_trainer import EMPGTrainer
@@ -6,14 +6,14 @@
     trainer = EMPGTrainer(model, reward, args=args, train_dataset=prompts, k=1.0, k_future=1.0, zeta=0.1)
     trainer.train()
 
-model, reward, prompts, and tools or environments if there are any: whatever a GRPOTrainer takes. A step is what the
-policy samples between two tool results. Without tools an episode is one step: f is 0, and g compares whole episodes.
+model, reward and prompts are those of any GRPOTrainer; tools and environments can be added in the same way. A step is
+what the policy samples between two tool results. Without tools an episode is one step: f is 0, and g compares episodes.
 
 TRL 1.16 has no hook for advantages of steps. Its loss accepts advantages of shape (B, L), and one method,
 `_generate_and_score_completions`, returns the whole batch of an update before it is split. EMPGTrainer overrides it.
 
 TRL does not keep entropies while it samples, so they cost one more forward pass. Its group-relative advantage adds 1e-4
-to the standard deviation; empg.py adds 1e-6. Not covered: images, the Liger kernel.
+to the standard deviation; empg.py adds 1e-6. Not covered: images.
 """
 
 import torch
@@ -24,7 +24,7 @@ from empg import Modulation, modulation, spread, step_entropy
 
 
 class EMPGTrainer(GRPOTrainer):
-    """GRPOTrainer with modulated advantages. k, k_future, zeta: as in `empg.modulate`; k = 0 and zeta = 0 is GRPO."""
+    """GRPOTrainer with modulated advantages. k, k_future, zeta: as in `empg.modulate`."""
 
     def __init__(self, *args, k: float = 1.0, k_future: float = 1.0, zeta: float = 0.1, **kwargs):
         super().__init__(*args, **kwargs)
@@ -59,7 +59,7 @@ class EMPGTrainer(GRPOTrainer):
 
     def _log_credit(self, credit: Modulation) -> None:
         """Add H, g, f and the advantages that train, over the steps of all processes, to TRL's metrics."""
-        if not credit.valid.any():  # TRL can mask all truncated completions
+        if not credit.valid.any():  # with mask_truncated_completions TRL may mask every completion
             return
         names = ("entropy", "g", "f", "advantage")
         entropy, g, f, advantage = (getattr(credit, name)[credit.valid] for name in names)

@@ -4,6 +4,7 @@
     python -m examples.trl_house                        with the settings of train.py
     python -m examples.trl_house --k 0 --zeta 0         GRPO: the advantages are TRL's, minus their mean over steps
     torchrun --nproc_per_node 2 -m examples.trl_house   two processes, with or without GPUs
+    python eval.py --policy out/trl --max_step_tokens 32 --max_tokens 1024   the trained policy on held-out tasks
 
 TRL's loop needs two things that a pretrained model and its tools have already: a tokenizer that reads a response as a
 tool call, and an environment whose methods are tools. Both are below.

@@ -295,8 +295,8 @@ def test_the_five_lines_of_its_docstring_train_a_model_without_tools(house_polic
 
     lines = [line for line in empg_trainer.__doc__.splitlines() if line.startswith("    ")]
     names = {"model": "llama", "reward": reward, "prompts": Dataset.from_dict({"prompt": ["You are in a room."]})}
-    code = textwrap.dedent("\n".join(lines)).replace("logging_steps=1", "logging_steps=1, use_cpu=True")
-    exec(code, names)
+    small = "logging_steps=1, use_cpu=True, max_completion_length=32"
+    exec(textwrap.dedent("\n".join(lines)).replace("logging_steps=1", small), names)
     metrics = logged(names["trainer"])
     assert len(lines) == 5
     assert len(metrics) == 3  # one step in each of three epochs
