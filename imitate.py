@@ -22,7 +22,7 @@ from torch import Tensor
 from torch.nn import functional as F
 from torch.nn.utils.rnn import pad_sequence
 from tqdm import tqdm
-from transformers import AutoConfig, PretrainedConfig
+from transformers import AutoConfig, AutoModelForCausalLM, PretrainedConfig
 
 import envs
 from config import TrainConfig
@@ -59,6 +59,16 @@ def read_config(policy: str) -> PretrainedConfig:
         return AutoConfig.from_pretrained(policy)
     except (OSError, ValueError) as error:
         raise PolicyError(f"no configuration of a model at {policy!r}: {str(error).splitlines()[0]}") from error
+
+
+def count_parameters(policy: str) -> int:
+    """Parameters of a model, the tiny one at most, counted without loading it. Raises PolicyError as `read_config`."""
+    config = read_config(policy)
+    try:
+        with torch.device("meta"):  # tensors without storage
+            return AutoModelForCausalLM.from_config(config).num_parameters()
+    except ValueError as error:
+        raise PolicyError(f"no policy at {policy!r}: {str(error).splitlines()[0]}") from error
 
 
 # --------------------------------------------------------------------------------------------------- demonstrations

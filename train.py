@@ -40,7 +40,7 @@ from engine.stopping import stoppable
 from envs import Env
 from episode import Batch, Episode, collate
 from eval import evaluate, first_tasks, open_envs, percent, summarize, table
-from imitate import first_policy, read_config
+from imitate import count_parameters, first_policy
 from policy import require_context
 from rollout import require_steps, rollout, train_task
 from update import Learner, NotFiniteError, make_learner, update
@@ -189,7 +189,7 @@ def train(config: TrainConfig, assign_credit: Callable[..., Modulation] = assign
         record = Record(config, accelerator)
         # The main process alone reads every checkpoint to its end to verify it.
         newest, state = broadcast_object_list([run_position(config) if accelerator.is_main_process else None])[0]
-        record.header(read_config(str(newest or config.policy)))
+        record.header(count_parameters(str(newest or config.policy)))
         learner = prepare(config, accelerator, envs[0], newest)
         record.open(state.last_written)
 

@@ -19,7 +19,6 @@ from accelerate import Accelerator
 from accelerate.utils import gather_object
 from filelock import FileLock, Timeout
 from tqdm import tqdm
-from transformers import AutoModelForCausalLM, PretrainedConfig
 
 from config import TrainConfig
 from empg import Modulation
@@ -120,10 +119,8 @@ class Record:
             except Timeout:
                 raise RecordError(f"another run is writing to {self.out}; choose another folder with --out") from None
 
-    def header(self, model: PretrainedConfig) -> None:
+    def header(self, parameters: int) -> None:
         """One line that says what is going to run, before anything slow."""
-        with torch.device("meta"):  # counts without storage
-            parameters = sum(p.numel() for p in AutoModelForCausalLM.from_config(model).parameters())
         config, device = self.config, self.accelerator.device.type
         threads = f", {torch.get_num_threads()} threads" if device == "cpu" else ""
         place = f"{device}{threads}, {self.accelerator.num_processes} process(es)"
