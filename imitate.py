@@ -58,7 +58,7 @@ def read_config(policy: str) -> PretrainedConfig:
         require_model(policy)
         return AutoConfig.from_pretrained(policy)
     except (OSError, ValueError) as error:
-        raise PolicyError(f"no configuration of a model at {policy!r}: {str(error).splitlines()[0]}") from error
+        raise PolicyError(f"no policy at {policy!r}: {str(error).splitlines()[0]}") from error
 
 
 def count_parameters(policy: str) -> int:

@@ -57,7 +57,7 @@ def kept(layers: int, compute: int, checkpointing: bool, tokens: int = 192) -> i
     config = model_config(Qwen2Config, 256, 640, layers, 4, 2, 128, True)
     model = AutoModelForCausalLM.from_config(config, dtype=torch.float32).train()
     if checkpointing:
-        model.gradient_checkpointing_enable()
+        model.activation_checkpointing_enable()
     weights = {parameter.shape for parameter in model.parameters()} | {
         p.T.shape for p in model.parameters() if p.dim() > 1
     }
@@ -191,7 +191,7 @@ def test_a_model_that_does_not_fit_ends_the_dry_run_with_what_to_change(large, r
 
 def test_a_dry_run_without_a_model_says_so(tmp_path, run_cost):
     (tmp_path / "empty").mkdir()
-    with pytest.raises(PolicyError, match=r"no configuration of a model at .*empty"):
+    with pytest.raises(PolicyError, match=r"no policy at .*empty"):
         run_cost("--policy", str(tmp_path / "empty"))
 
 
