@@ -153,6 +153,6 @@ def same_metrics(one: Path, other: Path, tolerance: float) -> None:
 
 
 def same_weights(a: Path, b: Path, atol: float = 0.0) -> bool:
-    """Whether the newest checkpoints of two runs hold the same weights, to `atol`."""
-    a, b = (load_file(checkpoints(out)[-1] / "model.safetensors") for out in (a, b))
+    """Whether two checkpoints, or the newest ones of two runs, hold the same weights, to `atol`."""
+    a, b = (load_file([out, *checkpoints(out)][-1] / "model.safetensors") for out in (a, b))
     return a.keys() == b.keys() and all(torch.allclose(a[name], b[name], rtol=0, atol=atol) for name in a)

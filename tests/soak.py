@@ -21,6 +21,7 @@ import sys
 import tempfile
 import time
 import traceback
+from collections.abc import Callable
 from pathlib import Path
 
 import torch
@@ -41,15 +42,18 @@ LATE = ("torch._dynamo", "transformers.models.qwen2.modeling_qwen2")  # what a r
 GRACE = 60  # seconds that ranks have to end after SIGTERM
 
 
-def start(flags: list[str], ranks: int, log: Path) -> list[int]:
-    """Fork the ranks of `train.py FLAGS`; returns their process ids. What they print goes to the log."""
+def start(flags: list[str], ranks: int, log: Path, main: Callable[[], None] = train.main) -> list[int]:
+    """Fork the ranks of `train.py FLAGS`; returns their process ids. What they print goes to the log.
+
+    main: of another program, in the place of train.py's.
+    """
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
-    return [os.fork() or _rank(flags, rank, ranks, port, log) for rank in range(ranks)]
+    return [os.fork() or _rank(flags, rank, ranks, port, log, main) for rank in range(ranks)]
 
 
-def _rank(flags: list[str], rank: int, ranks: int, port: int, log: Path) -> None:
+def _rank(flags: list[str], rank: int, ranks: int, port: int, log: Path, main: Callable[[], None]) -> None:
     """The life of a forked rank; it never returns."""
     code = 1
     try:
@@ -61,7 +65,7 @@ def _rank(flags: list[str], rank: int, ranks: int, port: int, log: Path) -> None
             names |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
             os.environ |= {name: str(value) for name, value in names.items()}
         sys.argv = ["train.py", *flags]
-        train.main()
+        main()
         code = 0
     except SystemExit as end:
         print(end, flush=True)

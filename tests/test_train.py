@@ -450,7 +450,7 @@ def test_a_disk_that_fills_and_folders_that_cannot_be_written_are_named(run, tmp
 def test_one_warning_when_nothing_but_the_bonus_trains(flags, said, tmp_path, capsys):
     config = TrainConfig(out=str(tmp_path / "run"), cache=str(tmp_path), **flags)
     record, warning = Record(config, Accelerator(cpu=True)), "have the same reward, so only the bonus trains"
-    record.begin(-1)
+    record.open(-1)
     record.metrics(1, {"group/zero_std_frac": 0.5})
     assert warning not in capsys.readouterr().out
     record.metrics(2, {"group/zero_std_frac": 1.0})

@@ -1,4 +1,4 @@
-"""Two processes against one: divided data (DDP) and divided models (FSDP2), on CPUs, through the launcher."""
+"""Several processes against one: divided data (DDP), divided models (FSDP2), and the threads of each, on CPUs."""
 
 import json
 import os
@@ -9,35 +9,35 @@ from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
-from conftest import SMALL
-from safetensors.torch import load_file
+from conftest import ROOT, SMALL, flags_of, rows, same_metrics, same_weights
 
 import eval as evaluation
 import train
 from config import TrainConfig
 from engine import checkpoint
-from engine.ranks import full_weights
+from engine.checkpoint import RunState
+from engine.ranks import cpu_threads, full_weights, start_ranks
+from engine.record import eval_metrics
 from envs import make_envs
 from policy import load_policy
 
-ROOT = Path(__file__).parents[2]
-RUN = SMALL | {"algorithm": "dapo", "kl_coef": 0.1, "iterations": 4, "micro_batch_tokens": 300}  # several parts a rank
+RUN = SMALL | {"algorithm": "dapo", "kl_coef": 0.1, "micro_batch_tokens": 300, "checkpoint_every": 1, "eval_every": 1}
 
-# Trains one run after another in the processes of one launch: the flags of each are the argument. A run in a folder
-# "early" is stopped, as by SIGTERM, before its first update.
+# Runs one program after another in forked ranks; the argument lists program, number of ranks, flags and what the ranks
+# say last. A run in a folder "early" is stopped, as by SIGTERM, before its first update.
 SCRIPT = f"""
-import json, sys
+import importlib, json, sys
+from pathlib import Path
 sys.path.insert(0, {str(ROOT)!r})
-import train
-from accelerate import Accelerator
-from accelerate.state import AcceleratorState
+import eval, train
+from engine.stopping import Stopped
+from tests import soak
 from torch.distributed.fsdp import FSDPModule
 
-Accelerator.end_training = lambda self: None  # it would part the processes
-learn = train.learn
+update, sample_groups = train.update, train.sample_groups
 
-def watched(config, learner, batch, iteration):
-    result = learn(config, learner, batch, iteration)
+def watched(config, learner, *rest):
+    result = update(config, learner, *rest)
     models = [model for model in (learner.model, learner.reference) if model is not None]
     parts = [sum(p.to_local().numel() / p.numel() for p in model.parameters()) / len([*model.parameters()])
              if isinstance(model, FSDPModule) else 1.0 for model in models]
@@ -46,135 +46,107 @@ def watched(config, learner, batch, iteration):
             file.write(json.dumps([learner.accelerator.num_processes, *parts]) + "\\n")
     return result
 
-sample_groups = train.sample_groups
-
 def stopped_early(config, *rest):
     if config.out.endswith("early") and not config.resume:
-        raise train.Stopped
+        raise Stopped
     return sample_groups(config, *rest)
 
-train.learn, train.sample_groups = watched, stopped_early
-for flags in json.loads(sys.argv[1]):
-    sys.argv[1:] = flags
-    try:
-        train.main()
-    except SystemExit as end:
-        assert str(end) == "stopped after iteration 0; go on with --resume"
-    AcceleratorState._reset_state()
+train.update, train.sample_groups = watched, stopped_early
+for module in soak.LATE:
+    importlib.import_module(module)
+for program, ranks, flags, said in json.loads(sys.argv[1]):
+    log = Path(sys.argv[2])
+    log.write_text("")
+    codes, _ = soak.end(soak.start(flags, ranks, log, getattr(sys.modules[program], "main")))
+    assert codes == [1 if said else 0] * ranks and said in log.read_text(), log.read_text()
 """
-
-
-def flags_of(settings: dict) -> list[str]:
-    return [text for name, value in settings.items() for text in (f"--{name}", str(value))]
-
-
-def rows(out: Path) -> list[dict]:
-    return [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
-
-
-@pytest.fixture(scope="module")
-def cache(tmp_path_factory) -> str:
-    return str(tmp_path_factory.mktemp("warm_starts"))
 
 
 @pytest.fixture(scope="module")
 def one(tmp_path_factory, cache) -> Path:
     """The run by this process alone."""
     out = tmp_path_factory.mktemp("one") / "run"
-    train.train(TrainConfig(**RUN | {"out": str(out), "cache": cache}))
+    train.train(TrainConfig(**RUN | {"out": str(out), "cache": str(cache)}))
     return out
 
 
 @pytest.fixture(scope="module")
-def launch(tmp_path_factory, cache):
-    """launch(ranks, [flags of a run, ...]) trains one run after another, and returns their folder."""
+def several(one, cache, tmp_path_factory) -> Path:
+    """The same run by two ranks, in the folder "run", and what eval.py says of it on two ranks, in eval.json. With
+    models divided among two ranks: "whole"; "parts", resumed after one iteration, and by three ranks for one more;
+    "early", resumed after none."""
+    folder = tmp_path_factory.mktemp("ranks")
 
-    def launch(ranks: int, runs: list[dict], folder: Path | None = None) -> Path:
-        folder = folder or tmp_path_factory.mktemp("ranks")
-        (folder / "script.py").write_text(SCRIPT)
-        flags = [flags_of(RUN | {"cache": cache} | run | {"out": folder / run["out"]}) for run in runs]
-        command = [
-            "torch.distributed.run",
-            "--nproc_per_node",
-            str(ranks),
-            str(folder / "script.py"),
-            json.dumps(flags),
-        ]
-        environment = os.environ | {"TQDM_DISABLE": "1", "OMP_NUM_THREADS": "1"}
-        result = subprocess.run([sys.executable, "-m", *command], env=environment, capture_output=True, text=True)
-        assert result.returncode == 0, result.stderr[-3000:]
-        return folder
+    def job(out: str, ranks: int = 2, said: str = "", **flags) -> tuple:
+        return "train", ranks, flags_of(RUN | {"cache": cache, "out": folder / out} | flags), said
 
-    return launch
-
-
-@pytest.fixture(scope="module")
-def sharded(launch) -> Path:
-    """Two ranks with sharded models: four iterations; two and a resumed run of two more; none and then four."""
-    runs = [{"out": "whole"}, {"out": "parts", "iterations": 2}, {"out": "parts", "resume": True}]
-    runs += [{"out": "early"}, {"out": "early", "resume": True}]
-    return launch(2, [run | {"fsdp": True} for run in runs])
+    played = {"policy": folder / "run" / "checkpoint-000002", "json": folder / "eval.json", "threads": 1}
+    stopped = "checkpoint-000000 is complete; resume with --resume"
+    jobs = [job("run"), ("eval", 2, flags_of(played), "")]
+    jobs += [job("whole", fsdp=True)]
+    jobs += [job("parts", fsdp=True, iterations=1), job("parts", fsdp=True, resume=True)]
+    jobs += [job("early", fsdp=True, said=stopped), job("early", fsdp=True, resume=True)]
+    jobs += [job("parts", 3, fsdp=True, resume=True, iterations=3)]
+    (folder / "script.py").write_text(SCRIPT)
+    environment = os.environ | {"TQDM_DISABLE": "1", "OMP_NUM_THREADS": "1"}
+    command = [sys.executable, str(folder / "script.py"), json.dumps(jobs), str(folder / "log.txt")]
+    result = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
+    assert result.returncode == 0, result.stderr[-3000:]
+    return folder
 
 
-def same_metrics(one: Path, other: Path, tolerance: float) -> None:
-    for a, b in zip(rows(one), rows(other), strict=True):
-        # A norm adds up all gradients in another order.
-        assert b.pop("policy/grad_norm", 0) == pytest.approx(a.pop("policy/grad_norm", 0), rel=max(tolerance, 1e-5))
-        assert b == pytest.approx(a, abs=tolerance, rel=tolerance)
-
-
-def same_weights(one: Path, other: Path, name: str, tolerance: float) -> None:
-    a, b = (load_file(out / name / "model.safetensors") for out in (one, other))
-    assert a.keys() == b.keys()
-    assert max(float((a[key] - b[key]).abs().max()) for key in a) <= tolerance
-
-
-def parts(out: Path) -> set[tuple]:
-    """The number of ranks, and the shares of policy and reference that the main process held after an update."""
+def parts(out: Path) -> list[tuple]:
+    """The number of ranks, and the shares of policy and reference that the main process held after each update."""
     lines = [json.loads(line) for line in (out / "parts.jsonl").read_text().splitlines()]
-    return {(ranks, *(round(share, 2) for share in shares)) for ranks, *shares in lines}
+    return [(ranks, *(round(share, 2) for share in shares)) for ranks, *shares in lines]
 
 
-def test_two_ranks_do_what_one_does(one, launch):
-    folder = launch(2, [{"out": "run"}])
-    assert parts(folder / "run") == {(2, 1.0, 1.0)}
-    same_metrics(one, folder / "run", 1e-6)
-    same_weights(one, folder / "run", "checkpoint-000004", 1e-4)
+def test_two_ranks_train_and_evaluate_as_one_does(one, several):
+    """Statistics per rank, or rows that were doubled to fill a batch, gave other advantages (ARLArena). And
+    `accelerate launch --cpu --num_processes 2` starts one process, so that one rank was compared with one."""
+    assert parts(several / "run") == [(2, 1.0, 1.0)] * 2
+    same_metrics(one, several / "run", 1e-6)
+    assert same_weights(one, several / "run", 1e-4)  # a quarter of one step of Adam
+    (evaluated,) = json.loads((several / "eval.json").read_text()).values()
+    assert eval_metrics(evaluated).items() <= rows(several / "run")[-1].items()
 
 
-def test_two_ranks_with_sharded_models_do_what_one_does(one, sharded):
+def test_two_ranks_with_sharded_models_do_what_one_does(one, several):
     """What is sharded was silently whole on CPUs, where Accelerate takes DDP."""
-    assert parts(sharded / "whole") == {(2, 0.5, 0.5)}
-    same_metrics(one, sharded / "whole", 1e-4)
-    same_weights(one, sharded / "whole", "checkpoint-000004", 1e-4)
+    assert parts(several / "whole") == [(2, 0.5, 0.5)] * 2
+    same_metrics(one, several / "whole", 1e-4)
+    assert same_weights(one, several / "whole", 1e-4)
 
 
-def test_a_sharded_run_is_resumed_bit_for_bit(sharded):
+def test_a_sharded_run_is_resumed_bit_for_bit(several):
     """Also one that was stopped before its first update, when torch makes an optimizer's state by a step of its own."""
-    whole, parts, early = (sharded / name for name in ("whole", "parts", "early"))
-    for resumed in (parts, early):
-        assert (whole / "metrics.jsonl").read_bytes() == (resumed / "metrics.jsonl").read_bytes()
-        same_weights(whole, resumed, "checkpoint-000004", 0.0)
-    assert {path.name for path in (parts / "checkpoint-000004" / "shards").iterdir()} == {
+    whole = several / "whole"
+    for resumed in (several / "parts", several / "early"):
+        metrics = ((out / "metrics.jsonl").read_text().splitlines()[:3] for out in (whole, resumed))
+        assert len(set(map(tuple, metrics))) == 1
+        assert same_weights(whole / "checkpoint-000002", resumed / "checkpoint-000002")
+    assert {path.name for path in (several / "parts" / "checkpoint-000002" / "shards").iterdir()} == {
         ".metadata",
         "__0_0.distcp",
         "__1_0.distcp",
     }
 
 
-def test_a_sharded_run_is_resumed_on_another_number_of_ranks(one, sharded, launch, cache, tmp_path):
-    launch(3, [{"out": "parts", "iterations": 5, "fsdp": True, "resume": True}], sharded)
-    assert {ranks for ranks, *shares in parts(sharded / "parts") if max(shares) < 0.4} == {3}
+def test_a_sharded_run_is_resumed_on_another_number_of_ranks(one, several, cache, tmp_path):
+    shares = parts(several / "parts")
+    assert shares[:2] == [(2, 0.5, 0.5)] * 2
+    assert shares[2][0] == 3
+    assert max(shares[2][1:]) < 0.4
     shutil.copytree(one, tmp_path / "one", symlinks=True)
-    more = {"out": str(tmp_path / "one"), "cache": cache, "iterations": 5, "resume": True}
+    more = {"out": str(tmp_path / "one"), "cache": str(cache), "iterations": 3, "resume": True}
     train.train(TrainConfig(**RUN | more))
-    same_metrics(tmp_path / "one", sharded / "parts", 1e-4)
+    same_metrics(tmp_path / "one", several / "parts", 1e-4)
 
 
-def test_the_full_checkpoint_of_a_sharded_run_opens_and_plays(sharded):
-    state = json.loads((sharded / "whole" / "checkpoint-000004" / "state.json").read_text())
-    config = TrainConfig(**RUN | {"out": str(sharded / "whole")})
-    policy, accelerator = load_policy(str(sharded / "whole" / "checkpoint-000004")), evaluation.start_ranks(1)
+def test_the_full_checkpoint_of_a_sharded_run_opens_and_plays(several):
+    state = json.loads((several / "whole" / "checkpoint-000002" / "state.json").read_text())
+    config = TrainConfig(**RUN | {"out": str(several / "whole")})
+    policy, accelerator = load_policy(str(several / "whole" / "checkpoint-000002")), start_ranks(1)
     assert policy.model.config.architectures == ["Qwen2ForCausalLM"]
     tasks = evaluation.first_tasks(make_envs("coin", [], 1)[0], "coin", config.held_out, 6)
     played = evaluation.evaluate(policy, make_envs("coin", [], 6), tasks, config, accelerator)
@@ -187,9 +159,9 @@ def test_shards_that_cannot_be_written_end_the_run_in_one_line(tmp_path, monkeyp
         raise OSError(28, "No space left on device")
 
     monkeypatch.setattr(checkpoint, "save_shards", full)
-    learner = SimpleNamespace(policy=SimpleNamespace(model=None), optimizer=None, accelerator=None)
+    state, policy = RunState({}, iteration=1), SimpleNamespace(model=None)
     with pytest.raises(checkpoint.CheckpointError, match=r"No space left on device.*earlier checkpoints are untouched"):
-        checkpoint.save(TrainConfig(**RUN | {"out": str(tmp_path)}), learner, {"iteration": 1})
+        checkpoint.save(tmp_path, state, accelerator=None, policy=policy, optimizer=None)
 
 
 @pytest.mark.parametrize(("fsdp", "message"), [(True, "launch at least two"), (False, "runs/accelerate, and --fsdp")])
@@ -198,3 +170,58 @@ def test_a_launch_that_does_not_fit_the_flag_is_refused(fsdp, message, tmp_path,
     with pytest.raises(SystemExit, match=message):
         train.train(TrainConfig(**RUN | {"out": str(tmp_path / "run"), "fsdp": fsdp}))
     assert not (tmp_path / "run").exists()
+
+
+# ---------------------------------------------------------------------------------------------------------- threads
+
+
+@pytest.fixture
+def started_by(monkeypatch):
+    """started_by(**environment) lets this process be one that a launcher with that environment started."""
+    launchers = []
+
+    def call(**environment: str) -> None:
+        launchers.append(subprocess.Popen(["sleep", "60"], env=environment))
+        monkeypatch.setattr(os, "getppid", lambda: launchers[-1].pid)
+        monkeypatch.setenv("LOCAL_RANK", "0")
+
+    yield call
+    for launcher in launchers:
+        launcher.kill()
+        launcher.wait()
+
+
+@pytest.fixture
+def six_cores(monkeypatch):
+    monkeypatch.setattr(os, "sched_getaffinity", lambda pid: set(range(6)), raising=False)
+    monkeypatch.setattr(os, "cpu_count", lambda: 64)  # of the machine: a container may use some of them
+    for name in ("LOCAL_RANK", "ACCELERATE_MIXED_PRECISION", "OMP_NUM_THREADS"):
+        monkeypatch.delenv(name, raising=False)
+
+
+def test_threads_are_the_share_of_the_cores_that_the_process_may_use(six_cores):
+    assert [cpu_threads(processes) for processes in (1, 2, 4, 9)] == [6, 3, 1, 1]
+
+
+def test_the_users_omp_num_threads_counts(six_cores, started_by, monkeypatch):
+    monkeypatch.setenv("OMP_NUM_THREADS", "1")
+    assert cpu_threads(1) == 1
+    started_by(OMP_NUM_THREADS="1")
+    assert cpu_threads(2) == 1
+    started_by()
+    monkeypatch.setenv("OMP_NUM_THREADS", "5")
+    assert cpu_threads(2) == 5
+    for none in ("0", "", "4,2"):
+        monkeypatch.setenv("OMP_NUM_THREADS", none)
+        assert cpu_threads(2) == 3
+
+
+def test_the_1_that_a_launcher_sets_does_not_count(six_cores, started_by, monkeypatch):
+    """Every run by the README's command had one thread."""
+    started_by(PATH="/bin")
+    monkeypatch.setenv("OMP_NUM_THREADS", "1")
+    assert cpu_threads(2) == 3
+    monkeypatch.delenv("LOCAL_RANK")
+    assert cpu_threads(2) == 1
+    monkeypatch.setenv("ACCELERATE_MIXED_PRECISION", "no")
+    assert cpu_threads(2) == 3
