@@ -254,7 +254,8 @@ def random_batch(rows: int, length: int, device: torch.device) -> Batch:
     step_ids = (place // 96).where(place % 96 >= 64, -1)
     numbers = torch.zeros(rows, length, device=device)
     reward = (torch.arange(rows, device=device) % 2).float()
-    return Batch(ids, step_ids, numbers, numbers, reward, torch.full((rows,), length, device=device), episodes=[])
+    lengths, episode = torch.full((rows,), length, device=device), Episode(Task("house", "train", 0), "")
+    return Batch(ids, step_ids, numbers, numbers, reward, lengths, [episode] * rows)
 
 
 def copy_bandwidth(device: torch.device, size: int = 2**28) -> float:
