@@ -19,6 +19,7 @@ import eval as evaluation
 import train
 from config import TrainConfig
 from empg import Modulation
+from engine import record
 from engine.checkpoint import checkpoints
 from envs import careless_player, make_envs
 from episode import Episode, Task
@@ -80,6 +81,14 @@ SMALL = {
     "max_tokens": 256,
     "threads": 1,  # more are slower for so small a model, and far slower on a busy machine
 }
+
+
+@pytest.fixture(scope="session", autouse=True)
+def without_pictures():
+    """Runs in this process draw no curves.png, which takes longer than such a run. The README's command draws one."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(record, "draw_curves", lambda metrics, picture: None)
+        yield
 
 
 @pytest.fixture(scope="session")
@@ -145,8 +154,9 @@ def rows(out: Path) -> list[dict]:
     return [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
 
 
-def same_metrics(one: Path, other: Path, tolerance: float) -> None:
-    for a, b in zip(rows(one), rows(other), strict=True):
+def same_metrics(one: list[dict], other: list[dict], tolerance: float) -> None:
+    """Asserts that two runs have the same metrics, to the tolerance."""
+    for a, b in zip(one, other, strict=True):
         # A norm adds up all gradients, in another order.
         assert b.pop("policy/grad_norm", 0) == pytest.approx(a.pop("policy/grad_norm", 0), rel=max(tolerance, 1e-4))
         assert b == pytest.approx(a, abs=tolerance, rel=tolerance)
