@@ -73,6 +73,32 @@ def test_a_rank_alone_fills_its_parts():
     assert parts == [([4, 1], 1), ([3, 2], 1), ([5], 1), ([0], 1)]  # 3 x 19 > 40; 50 is too long and goes alone
 
 
+@pytest.mark.parametrize("aggregation", ["sequence", "token"])
+def test_micro_batches_do_not_change_the_update(house_policy, batch, advantage, tmp_path, monkeypatch, aggregation):
+    """A normaliser taken per micro-batch makes a mean of means (nanochat, GRPO-Zero before its fix).
+
+    With plain SGD the update is the gradient; Adam divides even the last bit of a gradient of nearly 0 by its size.
+    """
+
+    def sgd(parameters, lr, weight_decay):
+        return torch.optim.SGD(parameters, lr=1.0)
+
+    monkeypatch.setattr(torch.optim, "AdamW", sgd)
+    monkeypatch.setattr(update, "MAX_GRAD_NORM", 0.1)  # the loss has a gradient of about 1
+    house_policy.save(tmp_path / "policy")
+    weights, sums, paths = [], [], [str(tmp_path / "policy")] * 2
+    for tokens in (1, 10**6):
+        config = changed(aggregation=aggregation, mini_batches=2, micro_batch_tokens=tokens)
+        learner = update.make_learner(config, Accelerator(cpu=True), *paths)
+        sums.append(update.update(config, learner, batch, advantage, 1))
+        weights.append(learner.policy.model.state_dict())
+    assert sums[0] == pytest.approx(sums[1], abs=1e-6, rel=1e-5)
+    assert sums[0]["grad_norm"] > 0.5
+    for name, one in weights[0].items():
+        torch.testing.assert_close(one, weights[1][name], rtol=0, atol=2e-6)
+        assert not torch.equal(one, house_policy.model.state_dict()[name])
+
+
 # ---------------------------------------------------------------------------------------------------------- the loss
 
 

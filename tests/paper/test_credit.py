@@ -1,21 +1,21 @@
 """Credit against the truth: replays are exact, values add up, and every statistic is held to a loop or a simulation."""
 
 import shlex
-from dataclasses import replace
+from dataclasses import fields, replace
 
 import numpy as np
 import pytest
 import torch
+from conftest import rows
 
 import train
 from config import TrainConfig, parse_config
-from empg import group_advantages, modulate, step_entropy
-from envs import Env, careless_player, make_envs
+from empg import group_advantages, modulate, modulation, no_modulation, step_entropy
+from envs import Env, make_envs
 from episode import Episode, Step, Task, collate
-from paper import credit, value
-from policy import Policy
-from rollout import dialogue, play_on, play_scripted, rollout
-from tiny import TinyConfig, imitate, tiny_policy
+from paper import beyond, credit, value
+from policy import Policy, load_policy
+from rollout import play_on, rollout
 
 LIMITS = {"temperature": 1.0, "max_step_tokens": 20, "max_tokens": 400}
 CONFIG = TrainConfig(env_args=["max_steps=3"], group_size=2, tasks_per_iteration=2, **LIMITS)
@@ -38,7 +38,7 @@ def test_playing_on_with_its_own_seed_gives_the_episode_itself_from_every_step(h
     assert len(jobs) > 8
     for first in range(0, len(jobs), len(envs)):
         part = jobs[first : first + len(envs)]
-        starts = [value.begun(env, episodes[i], t) for env, (i, t) in zip(envs, part, strict=False)]
+        starts = [value.replay_to(env, episodes[i], t) for env, (i, t) in zip(envs, part, strict=False)]
         played = play_on(house_policy, envs, starts, [(7, i) for i, _ in part], **LIMITS)
         for (i, _), again in zip(part, played, strict=True):
             assert again.ids == episodes[i].ids
@@ -51,7 +51,7 @@ def test_playing_on_with_its_own_seed_gives_the_episode_itself_from_every_step(h
 def test_a_world_that_answers_otherwise_cannot_be_replayed(envs, episodes):
     episode = replace(episodes[0], steps=[replace(episodes[0].steps[0], observation="Hm."), *episodes[0].steps[1:]])
     with pytest.raises(ValueError, match=r"step 0: got .*, recorded was 'Hm.'"):
-        value.begun(envs[0], episode, 1)
+        value.replay_to(envs[0], episode, 1)
 
 
 def test_every_step_is_continued_and_no_episode_is_changed(house_policy, envs, episodes):
@@ -69,7 +69,7 @@ def made_up(histories: list[list[int]], successes: list[bool]) -> list[Episode]:
         Episode(
             Task("coin", "train", 0),
             "",
-            steps=[Step("", "", "", True, place, place + 1, 0.0) for place in range(len(ids))],
+            steps=[Step("", "", "", True, place, place + 1) for place in range(len(ids))],
             info={"success": success},
             ids=ids,
         )
@@ -176,14 +176,31 @@ def test_gradient_measures_find_direction_and_signal_without_bias():
 
 
 @pytest.fixture(scope="module")
-def coin() -> tuple[Policy, list[Env]]:
+def coin(whole) -> tuple[Policy, list[Env]]:
     """A policy that names the right side of the coin in about half of its episodes, and environments for it."""
-    envs = make_envs("coin", [], 8)
-    played = play_scripted(envs[0], [Task("coin", "train", n) for n in range(240)], careless_player(0.6), seed=0)
-    dialogues = [dialogue(envs[0].instructions, episode) for episode in played]
-    policy = tiny_policy(dialogues, TinyConfig(), seed=0)
-    imitate(policy, dialogues, TinyConfig())
-    return policy, envs
+    return load_policy(str(whole / "first_policy")), make_envs("coin", [], 24)
+
+
+def test_each_method_is_modulated_as_in_its_own_runs(episodes):
+    """Whatever run is measured: here a baseline's, with another k and zeta."""
+    batch, config = collate(episodes), replace(CONFIG, empg=False, k=7.0, zeta=7.0)
+    batch.reward[0] = 1.0  # the groups' rewards differ in the first group alone
+    step = (group_advantages(batch.reward, 2), *step_entropy(batch.token_entropy, batch.step_ids))
+    paper = TrainConfig(group_size=2)
+    expected = {
+        "grpo": no_modulation(*step),
+        "grpo_scaling": modulation(*step, zeta=0),
+        "grpo_bonus": modulation(*step, k=0),
+        "grpo_empg": modulation(*step),
+        "grpo_empg_rank": beyond.credit_by_rank(paper, batch, *step),
+        "grpo_empg_mixed": beyond.credit_where_rewards_differ(paper, batch, *step),
+        "grpo_empg_reversed": modulation(*step, k=-1),
+    }
+    assert [*expected] == credit.COMPARED
+    for method, made in expected.items():
+        got = credit.modulated_as(method, config, batch)
+        assert all(torch.equal(getattr(got, field.name), getattr(made, field.name)) for field in fields(made))
+    assert len({tuple(made.advantage[made.valid].tolist()) for made in expected.values()}) == len(expected)
 
 
 @pytest.mark.filterwarnings("ignore")  # of resamples in which all advantages are equal
@@ -223,31 +240,21 @@ def test_the_recorded_flags_make_the_same_configuration():
     assert "elsewhere" not in recorded
 
 
-def test_the_ceiling_trains_on_the_true_advantages_and_leaves_no_trace(coin, monkeypatch, tmp_path):
-    seen, assign_credit = [], train.assign_credit
+def test_the_ceiling_trains_on_the_true_advantages(run, whole):
+    seen, true_credit = [], value.TrueCredit(2)
 
-    def spy(config, learner, batch, iteration):
-        seen.append((batch, train.assign_credit(config, batch), assign_credit(config, batch)))
-        return learn(config, learner, batch, iteration)
+    def spy(config, batch, advantage, entropy, valid, learner):
+        made = true_credit(config, batch, advantage, entropy, valid, learner)
+        seen.append((batch, made, train.assign_credit(config, batch, advantage, entropy, valid)))
+        return made
 
-    learn = train.learn
-    monkeypatch.setattr(train, "learn", spy)
-    flags = {"env": "coin", "iterations": 1, "tasks_per_iteration": 3, "group_size": 4, "empg": False, "threads": 1}
-    flags |= {
-        "max_step_tokens": 24,
-        "max_tokens": 256,
-        "eval_tasks": 1,
-        "out": str(tmp_path / "run"),
-        "mini_batches": 1,
-    }
-    coin[0].save(tmp_path / "policy")
-    with value.training_on_the_truth(2):
-        train.train(TrainConfig(**flags, policy=str(tmp_path / "policy"), cache=str(tmp_path)))
-    assert train.assign_credit is assign_credit
+    out = run(assign_credit=spy, iterations=1, empg=False, eval_tasks=1)
     ((batch, true, grpo),) = seen
-    assert true.base.tolist() == grpo.base.tolist()
-    size = lambda m: float(m.advantage[m.valid].square().mean())  # noqa: E731
-    assert size(true) == pytest.approx(size(grpo), rel=1e-4)
+    assert rows(out)[1]["advantage/std"] == pytest.approx(float(true.advantage[true.valid].std(correction=0)))
+    for name in ("base", "entropy", "valid", "norm_entropy", "g", "f"):
+        assert torch.equal(getattr(true, name), getattr(grpo, name))
+    size_of_true, size_of_grpo = (float(m.advantage[m.valid].square().mean()) for m in (true, grpo))
+    assert size_of_true == pytest.approx(size_of_grpo, rel=1e-4)
     # The steps of an episode add up to its outcome minus the value of its first state, which a group shares.
     total, outcome = true.advantage.sum(1).view(3, 4), batch.reward.view(3, 4)
     factor = (total[:, :1] - total)[outcome[:, :1] != outcome] / (outcome[:, :1] - outcome)[outcome[:, :1] != outcome]
