@@ -11,10 +11,9 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).parents[1]
-FILES = [path for folder in ("", "engine/", "tools/", "worlds/", "paper/") for path in sorted(ROOT.glob(f"{folder}[!_]*.py"))]
+FOLDERS = ("", "engine/", "worlds/", "paper/", "tools/", "examples/")
+FILES = [path for folder in FOLDERS for path in sorted(ROOT.glob(f"{folder}[!_]*.py"))]
 TREES = {".".join(path.relative_to(ROOT).with_suffix("").parts): ast.parse(path.read_text()) for path in FILES}
-WORLDS = {name for name in TREES if name.startswith("worlds.")}
-PAPER = {name for name in TREES if name.startswith("paper.")}
 
 
 def imports(tree: ast.Module) -> set[str]:
@@ -27,57 +26,45 @@ def imports(tree: ast.Module) -> set[str]:
 
 GRAPH = {name: imports(tree) & set(TREES) for name, tree in TREES.items()}
 
+# The floors of the house, top to bottom. A file may import its own package, and what stands on lower floors.
+FLOORS = (
+    ("tools", "paper", "examples"),
+    ("train",),
+    ("eval", "update", "imitate"),
+    ("rollout",),
+    ("engine",),
+    ("config",),
+    ("envs", "tiny"),
+    ("empg", "episode", "policy", "worlds"),  # the ground floor
+)
+FLOOR = {room: number for number, rooms in enumerate(FLOORS) for room in rooms}
 
-def reached(name: str) -> set[str]:
-    """The project's files that a file imports, directly or not."""
-    return GRAPH[name].union(*map(reached, GRAPH[name]))
 
-
-# The hall from the task to the gradient: a file, and the files it may reach. `envs` brings the worlds with it.
-ALLOWED = {
-    "empg": set(),
-    "episode": set(),
-    "engine.figures": set(),
-    "policy": set(),
-    "tiny": {"policy"},
-    "envs": WORLDS,
-    "config": {"empg", "envs", *WORLDS},
-    "engine.stopping": set(),
-    "engine.checkpoint": {"policy", "config", "empg", "envs", "episode", "engine.scorer", "engine.ranks", "update", *WORLDS},
-    "engine.kv_cache": set(),
-    "engine": set(),
-    "engine.sampler": {"empg", "policy", "engine", "engine.kv_cache"},
-    "rollout": {"empg", "episode", "policy", "engine.kv_cache", "engine.sampler", "envs", *WORLDS},
-    "engine.scorer": {"policy"},
-    "engine.ranks": set(),
-    "update": {"empg", "episode", "policy", "engine.scorer", "engine.ranks", "config", "envs", *WORLDS},
-    "engine.record": {"empg", "episode", "config", "envs", "engine.figures", *WORLDS},
-    "eval": {
-        *("empg", "episode", "policy", "envs", "config", "engine.kv_cache", "engine.sampler", "rollout", "engine.record", "engine.figures"),
-        *("engine.ranks", "engine.stopping"),
-        *WORLDS,
-    },
-} | dict.fromkeys(WORLDS, WORLDS)
+def room(name: str) -> str:
+    return name.split(".")[0]
 
 
 def test_imports_run_one_way():
     order = list(TopologicalSorter(GRAPH).static_order())  # CycleError names the cycle
     assert set(order) == set(TREES)
-    above = {"groups", "train", *(name for name in TREES if name.startswith("tools."))}
-    for program in ("train", "eval", "tools.bench"):
-        assert {name for name in GRAPH if program in GRAPH[name]} <= above | PAPER
-    assert all(not GRAPH[name] & PAPER for name in TREES.keys() - PAPER)  # the pipeline does not know the study
+    arrows = [(name, other) for name in GRAPH for other in GRAPH[name] if room(name) != room(other)]
+    # A benchmark takes the trainer of the example: the one arrow that stays on its floor.
+    up = [(a, b) for a, b in arrows if FLOOR[room(a)] >= FLOOR[room(b)] and (a, room(b)) != ("tools.bench", "examples")]
+    assert up == []
 
 
-@pytest.mark.parametrize("name", sorted(TREES.keys() & ALLOWED.keys()))
-def test_a_file_knows_only_what_it_needs(name):
-    assert reached(name) <= ALLOWED[name]
+def test_the_top_level_is_what_a_student_reads():
+    assert {name for name in TREES if "." not in name} <= set(FLOOR)
+    assert len([name for name in TREES if "." not in name]) <= 11
+    lines = {name: len(path.read_text().splitlines()) for name, path in zip(TREES, FILES, strict=True)}
+    assert lines["train"] <= 250
+    assert [name for name in lines if lines[name] > 350] == []
 
 
 def test_the_formulas_need_torch_alone_and_the_small_worlds_nothing():
-    assert {module.split(".")[0] for module in imports(TREES["empg"])} == {"torch"}
+    assert {room(module) for module in imports(TREES["empg"])} - sys.stdlib_module_names == {"torch"}
     for world in ("house", "coin"):
-        assert {module.split(".")[0] for module in imports(TREES[f"worlds.{world}"])} <= sys.stdlib_module_names
+        assert {room(module) for module in imports(TREES[f"worlds.{world}"])} <= sys.stdlib_module_names
 
 
 def test_the_equations_of_the_readme_have_functions_and_tests_of_these_names():
@@ -119,8 +106,9 @@ assert [name for name in before if before[name] != after[name]] == []
 
 def test_importing_prints_nothing_and_leaves_threads_types_seeds_and_environment_alone(tmp_path):
     """What other libraries do when they are imported is not ours: they come first, by the files' own statements."""
-    engine = all(importlib.util.find_spec(package) for package in ("alfworld", "textworld"))
-    names = [name for name in TREES if engine or name not in ("worlds.alfworld_engine", "worlds.alfworld_games")]
+    extra = {"worlds.alfworld_engine": "alfworld", "worlds.alfworld_games": "textworld"}
+    extra |= {name: "trl" for name in TREES if room(name) == "examples"}
+    names = [name for name in TREES if name not in extra or importlib.util.find_spec(extra[name])]
     bodies = [part for name in names for node in TREES[name].body for part in getattr(node, "body", [node])]
     nodes = [node for node in bodies if isinstance(node, ast.Import | ast.ImportFrom)]
     others = {ast.unparse(node) for node in nodes if not imports(ast.Module([node], [])) & {"worlds", *TREES}}
