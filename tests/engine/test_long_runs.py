@@ -13,7 +13,7 @@ import pytest
 import torch
 from accelerate import tracking
 from accelerate.utils import LoggerType
-from conftest import ROOT, SMALL, flags_of, launch, rows, same_metrics, same_weights
+from conftest import ROOT, SMALL, flags_of, rows, same_metrics, same_weights
 from huggingface_hub import ModelCard
 
 import eval as evaluation
@@ -103,13 +103,6 @@ def test_ctrl_c_while_a_run_is_prepared_says_what_was_saved(checkpoint, said, tm
 
 
 # ----------------------------------------------------------------------------------------------- killed processes
-
-
-def test_a_run_killed_at_random_moments_comes_out_the_same():
-    """`python tests/soak.py --kills 20`, and with --ranks 2, for more of it."""
-    result = launch("tests.soak", "--kills", "3")
-    assert result.returncode == 0, result.stdout + result.stderr[-2000:]
-    assert "3 kills" in result.stdout
 
 
 def test_a_lost_rank_is_told_while_the_launchers_signal_is_still_caught(run, monkeypatch, capsys):

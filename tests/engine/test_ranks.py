@@ -1,7 +1,8 @@
-"""Several processes against one: divided data (DDP), divided models (FSDP2), and the threads of each, on CPUs."""
+"""Several processes against one: divided data (DDP), divided models (FSDP2), kills, and threads, on CPUs."""
 
 import json
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -24,7 +25,7 @@ from policy import load_policy
 RUN = SMALL | {"algorithm": "dapo", "kl_coef": 0.1, "micro_batch_tokens": 300, "checkpoint_every": 1, "eval_every": 1}
 
 # Runs one program after another in forked ranks; the argument lists program, number of ranks, flags and what the ranks
-# say last. A run in a folder "early" is stopped, as by SIGTERM, before its first update.
+# say last. A run in a folder "early" is stopped, as by SIGTERM, before its first update. Then runs are killed.
 SCRIPT = f"""
 import importlib, json, sys
 from pathlib import Path
@@ -61,6 +62,8 @@ for program, ranks, flags, said in json.loads(sys.argv[1]):
     log.write_text("")
     codes, _ = soak.end(soak.start(flags, ranks, log, getattr(sys.modules[program], "main")))
     assert codes == [1 if said else 0] * ranks and said in log.read_text(), log.read_text()
+train.update, train.sample_groups, sys.argv[1:] = update, sample_groups, ["--kills", "3"]
+soak.main()
 """
 
 
@@ -93,7 +96,8 @@ def several(one, cache, tmp_path_factory) -> Path:
     environment = os.environ | {"TQDM_DISABLE": "1", "OMP_NUM_THREADS": "1"}
     command = [sys.executable, str(folder / "script.py"), json.dumps(jobs), str(folder / "log.txt")]
     result = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
-    assert result.returncode == 0, result.stderr[-3000:]
+    assert result.returncode == 0, result.stdout + result.stderr[-3000:]
+    (folder / "kills.txt").write_text(result.stdout)
     return folder
 
 
@@ -143,6 +147,12 @@ def test_a_sharded_run_is_resumed_on_another_number_of_ranks(one, several, cache
     more = {"out": str(tmp_path / "one"), "cache": str(cache), "iterations": 3, "resume": True}
     train.train(TrainConfig(**RUN | more))
     same_metrics(rows(tmp_path / "one"), rows(several / "parts"), 1e-4)
+
+
+def test_a_run_killed_at_random_moments_comes_out_the_same(several):
+    """`python tests/soak.py --kills 20`, and with --ranks 2, for more of it."""
+    last = (several / "kills.txt").read_text().splitlines()[-1]
+    assert re.fullmatch(r"3 kills in [123] runs: metrics, weights and optimizer equal to .*, bit for bit", last)
 
 
 def test_the_full_checkpoint_of_a_sharded_run_opens_and_plays(several):
