@@ -1,7 +1,12 @@
-"""docs/lab.md: its changes fit the code, its commands exist, and its numbers are on record and come out again."""
+"""docs/lab.md: its changes fit the code, its commands exist, and its numbers are on record and come out again.
+
+A changed copy of empg.py or train.py is run as a module of its own. So this proves that a student who makes the change
+sees the numbers of the page.
+"""
 
 import inspect
 import json
+import math
 import re
 import shlex
 import sys
@@ -12,11 +17,11 @@ import pytest
 import test_envs
 
 from config import TrainConfig, parse_config
-from envs import ENVIRONMENTS, World, careless_player, make_envs, oracle_player, random_player
+from envs import ENVIRONMENTS, Env, World, careless_player, make_envs, oracle_player, random_player
 
 ROOT = Path(__file__).parents[1]
 PARTS = ["Predict", "Change", "Run", "Compare"]
-EXERCISES = dict(enumerate((ROOT / "docs" / "lab.md").read_text().split("\n## ")[1:9], 1))  # number -> text
+EXERCISES = dict(enumerate((ROOT / "docs" / "lab.md").read_text().split("\n## ")[1:10], 1))  # number -> text
 RECORD = [json.loads(line) for line in (ROOT / "docs" / "lab" / "record.jsonl").read_text().splitlines()]
 
 
@@ -28,8 +33,11 @@ def part(number: int, name: str) -> str:
 def changes(number: int) -> list[tuple[str, str, str]]:
     """(file, lines as they are, lines as they become) of each diff in an exercise."""
     found = re.findall(r"In `([\w/.]+)`[^\n]*:\n\n```diff\n(.*?)```", part(number, "Change"), re.DOTALL)
-    pick = lambda diff, signs: "".join(f"{x[1:]}\n" for x in diff.splitlines() if x[0] in signs)  # noqa: E731
-    return [(file, pick(diff, " -"), pick(diff, " +")) for file, diff in found]
+
+    def lines(diff: str, signs: str) -> str:
+        return "".join(f"{line[1:]}\n" for line in diff.splitlines() if line[0] in signs)
+
+    return [(file, lines(diff, " -"), lines(diff, " +")) for file, diff in found]
 
 
 def changed_source(file: str, number: int) -> str:
@@ -41,10 +49,12 @@ def changed_source(file: str, number: int) -> str:
 
 
 def commands(number: int) -> list[list[str]]:
-    """The words of each command in an exercise."""
-    blocks = re.findall(r"```\n(.*?)```", part(number, "Run"), re.DOTALL)
-    lines = [line.replace("$seed", "0") for block in blocks for line in block.replace("\\\n", " ").splitlines()]
-    return [shlex.split(line.split("do ")[-1].split(";")[0], comments=True) for line in lines]
+    """The words of each command in an exercise, in a block or in the text."""
+    text = part(number, "Run")
+    blocks = re.findall(r"```\n(.*?)```", text, re.DOTALL)
+    lines = [line for block in blocks for line in block.replace("\\\n", " ").splitlines()]
+    lines += re.findall(r"(?<!`)`((?:python|pytest) [^`]+)`", text)
+    return [shlex.split(line) for line in lines]
 
 
 def example_world() -> ModuleType:
@@ -67,7 +77,7 @@ def safe(monkeypatch) -> ModuleType:
 
 @pytest.mark.parametrize("number", EXERCISES)
 def test_each_exercise_has_the_four_parts_and_its_change_fits_the_code(number):
-    assert len(EXERCISES) == 8
+    assert len(EXERCISES) == 9
     assert re.findall(r"\*\*(\w+)\.\*\*", EXERCISES[number]) == PARTS
     assert changes(number)
     for file, old, new in changes(number):
@@ -94,11 +104,16 @@ def test_the_commands_name_files_modules_tests_and_flags_that_exist(number, safe
 
 
 def test_the_example_world_keeps_the_contract_of_every_world(safe):
-    build = lambda *settings: make_envs("safe", settings, 1)[0]  # noqa: E731
+    def build(*settings: str) -> Env:
+        return make_envs("safe", settings, 1)[0]
+
     players = {"oracle": oracle_player, "random": random_player, "careless": careless_player(0.5)}
     for split in safe.SPLITS:
-        plays = lambda player, split=split: [test_envs.transcript(build(), split, n, player) for n in range(60)]  # noqa: E731
-        given = {"place": ("safe", split), "build": build, "played": {key: plays(p) for key, p in players.items()}}
+        played = {
+            name: [test_envs.transcript(build(), split, n, player) for n in range(60)]
+            for name, player in players.items()
+        }
+        given = {"place": ("safe", split), "build": build, "played": played}
         contract = [test for name, test in vars(test_envs).items() if name.startswith("test_") and callable(test)]
         contract = [(test, inspect.signature(test).parameters) for test in contract]
         contract = [(test, names) for test, names in contract if names and set(names) <= set(given)]
@@ -117,18 +132,46 @@ def numbers(value) -> set[float]:
     return {float(text) for text in re.findall(r"(?<![\w.])-?\d+(?:\.\d+)?", str(value).replace("−", "-"))}
 
 
+def decimals(text: str) -> set[float]:
+    """All numbers with a decimal point in a text."""
+    return {float(number.replace("−", "-")) for number in re.findall(r"(?<![\w.])[-−]?\d+\.\d+", text)}
+
+
 @pytest.mark.parametrize("number", EXERCISES)
-def test_the_numbers_of_the_tables_are_on_record(number):
+def test_the_numbers_of_tables_and_prose_are_on_record(number):
+    """A number with a decimal point in the prose is a result, the value of an expression on record, or in the change."""
     record = [row for row in RECORD if row["exercise"] == number]
-    assert record
-    assert all({"command", "commit", "seed", "result"} <= row.keys() for row in record)
-    rows = [line for line in part(number, "Compare").splitlines() if line.startswith("|")][2:]
+    measured = [row for row in record if "command" in row]
+    assert all({"command", "commit", "seed", "result"} <= row.keys() for row in measured)
+    text, on_record = part(number, "Compare"), numbers([row["result"] for row in measured])
+    rows = [line for line in text.splitlines() if line.startswith("|")][2:]
     assert rows
-    named = set(re.findall(r"test_\w+", part(number, "Compare")))
-    assert named == {name for row in record for name in row.get("failed", [])}
-    assert numbers(" ".join(cell for row in rows for cell in row.split("|")[2:])) <= numbers(
-        [row["result"] for row in record]
+    assert numbers(" ".join(cell for row in rows for cell in row.split("|")[2:])) <= on_record
+    for row in (row for row in record if "computed" in row):
+        digits = len(row["computed"].split(".")[1])
+        assert f"{eval(row['from'], {'math': math}):.{digits}f}" == row["computed"]
+        on_record.add(float(row["computed"]))
+    on_record |= decimals(part(number, "Change"))
+    assert {abs(x) for x in decimals(text + part(number, "Predict"))} <= {abs(x) for x in on_record}
+
+
+WORDS = {"One": 1, "Two": 2, "Three": 3, "Four": 4, "Five": 5, "Six": 6}
+
+
+@pytest.mark.parametrize("number", EXERCISES)
+def test_the_tests_that_turn_red_are_named_and_counted(number):
+    text, record = part(number, "Compare"), [row for row in RECORD if row["exercise"] == number]
+    failed = {name for row in record for name in row.get("failed", [])}
+    assert set(re.findall(r"test_\w+", text)) == failed
+    assert [WORDS[word] for word in re.findall(r"(\w+) tests\s+(?:turn red|do)\b", text)] == (
+        [len(failed)] if failed else []
     )
+    passed = [
+        row["result"].split()[0]
+        for row in record
+        if row.get("command", "").startswith("pytest") and not row.get("failed")
+    ]
+    assert re.findall(r"(\d+) tests", text) == passed
 
 
 def module_of(file: str, row: dict, monkeypatch) -> ModuleType:
@@ -142,7 +185,7 @@ def module_of(file: str, row: dict, monkeypatch) -> ModuleType:
 
 
 def again(command: str) -> list:
-    rows = [row for row in RECORD if command in row["command"]]
+    rows = [row for row in RECORD if command in row.get("command", "")]
     assert rows
     return [pytest.param(row, id=f"{row['exercise']}-{number}") for number, row in enumerate(rows)]
 
@@ -168,7 +211,7 @@ def test_what_is_on_record_of_the_credit_page_comes_out_again(row, monkeypatch):
         group, episode, step = map(int, place.split())
         step = groups[group][episode]["steps"][step]
         assert values["action"] == data["texts"][step["action"]]
-        assert values == {**values, **{name: step[name] for name in ("norm_entropy", "g", "f", "advantage")}}
+        assert values == {**values, **{name: step[name] for name in ("norm_entropy", "g", "f", "advantage", "filter")}}
         assert values["base"] == groups[group][episode]["base"]
 
 
