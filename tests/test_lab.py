@@ -139,7 +139,7 @@ def decimals(text: str) -> set[float]:
 
 @pytest.mark.parametrize("number", EXERCISES)
 def test_the_numbers_of_tables_and_prose_are_on_record(number):
-    """A number with a decimal point in the prose is a result, the value of an expression on record, or in the change."""
+    """A number with a decimal point is a result, the value of an expression on record, or stands in the change."""
     record = [row for row in RECORD if row["exercise"] == number]
     measured = [row for row in record if "command" in row]
     assert all({"command", "commit", "seed", "result"} <= row.keys() for row in measured)
@@ -163,7 +163,7 @@ def test_the_tests_that_turn_red_are_named_and_counted(number):
     text, record = part(number, "Compare"), [row for row in RECORD if row["exercise"] == number]
     failed = {name for row in record for name in row.get("failed", [])}
     assert set(re.findall(r"test_\w+", text)) == failed
-    assert [WORDS[word] for word in re.findall(r"(\w+) tests\s+(?:turn red|do)\b", text)] == (
+    assert [WORDS[word] for word in re.findall(r"(\w+)\s+tests\s+(?:turn red|do)\b", text)] == (
         [len(failed)] if failed else []
     )
     passed = [
