@@ -154,6 +154,7 @@ def modulation(
     return Modulation(advantage, entropy, valid, *scale_and_bonus(entropy, valid, k=k, k_future=k_future), final)
 
 
+@torch.no_grad()
 def no_modulation(advantage: Tensor, entropy: Tensor, valid: Tensor) -> Modulation:
     """The same for the baseline without EMPG: g = 1, f = 0, and each step has its episode's advantage, not centred."""
     g, f = valid.to(advantage.dtype), torch.zeros_like(entropy)
