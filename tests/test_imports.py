@@ -7,8 +7,6 @@ import sys
 from graphlib import TopologicalSorter
 from pathlib import Path
 
-import pytest
-
 ROOT = Path(__file__).parents[1]
 FOLDERS = ("", "engine/", "worlds/", "paper/", "tools/", "examples/")
 FILES = [path for folder in FOLDERS for path in sorted(ROOT.glob(f"{folder}[!_]*.py"))]
