@@ -15,7 +15,7 @@ from conftest import ROOT, SMALL, flags_of, rows, same_metrics, same_weights
 import eval as evaluation
 import train
 from config import TrainConfig
-from engine import checkpoint
+from engine import checkpoint, ranks
 from engine.checkpoint import RunState
 from engine.ranks import cpu_threads, full_weights, start_ranks
 from engine.record import eval_metrics
@@ -89,7 +89,7 @@ def several(one, cache, tmp_path_factory) -> Path:
     stopped = "checkpoint-000000 is complete; resume with --resume"
     jobs = [job("run"), ("eval", 2, flags_of(played), "")]
     jobs += [job("whole", fsdp=True), job("parts", fsdp=True, said=stopped)]
-    jobs += [job("parts", ranks, fsdp=True, resume=True, iterations=n) for ranks, n in ((2, 1), (2, 2), (3, 3))]
+    jobs += [job("parts", number, fsdp=True, resume=True, iterations=n) for number, n in ((2, 1), (2, 2), (3, 3))]
     (folder / "script.py").write_text(SCRIPT)
     environment = os.environ | {"TQDM_DISABLE": "1", "OMP_NUM_THREADS": "1"}
     command = [sys.executable, str(folder / "script.py"), json.dumps(jobs), str(folder / "log.txt")]
@@ -113,6 +113,23 @@ def test_two_ranks_train_and_evaluate_as_one_does(one, several):
     assert same_weights(one, several / "run", 1e-4)  # a quarter of one step of Adam
     (evaluated,) = json.loads((several / "eval.json").read_text()).values()
     assert eval_metrics(evaluated).items() <= rows(several / "run")[-1].items()
+
+
+def test_results_come_in_the_order_of_the_jobs_whoever_played_them(monkeypatch):
+    """Two players are compared task by task, and groups are consecutive episodes."""
+    accelerators = [SimpleNamespace(process_index=rank, num_processes=2) for rank in (0, 1)]
+    shares: list[list] = []
+
+    def play(jobs: list[str]) -> list[str]:
+        return [job.upper() for job in jobs]
+
+    monkeypatch.setattr(ranks, "gather_or_stop", lambda mine: shares.append(mine()) or [])
+    for accelerator in accelerators:
+        ranks.play_over_ranks(accelerator, "abcde", play)
+    assert sorted(map(len, shares)) == [2, 3]
+    monkeypatch.setattr(ranks, "gather_or_stop", lambda mine: shares[0] + shares[1])
+    for accelerator in accelerators:
+        assert ranks.play_over_ranks(accelerator, "abcde", play) == list("ABCDE")
 
 
 def test_two_ranks_with_sharded_models_do_what_one_does(one, several):
@@ -189,7 +206,9 @@ def started_by(monkeypatch):
     launchers = []
 
     def call(**environment: str) -> None:
-        launchers.append(subprocess.Popen(["sleep", "60"], env=environment))
+        launchers.append(subprocess.Popen(["sleep", "60"], env={"PATH": os.defpath} | environment))
+        while not Path(f"/proc/{launchers[-1].pid}/environ").read_bytes():  # it is not there at once
+            pass
         monkeypatch.setattr(os, "getppid", lambda: launchers[-1].pid)
         monkeypatch.setenv("LOCAL_RANK", "0")
 
@@ -226,7 +245,7 @@ def test_the_users_omp_num_threads_counts(six_cores, started_by, monkeypatch):
 
 def test_the_1_that_a_launcher_sets_does_not_count(six_cores, started_by, monkeypatch):
     """Every run by the README's command had one thread."""
-    started_by(PATH="/bin")
+    started_by()
     monkeypatch.setenv("OMP_NUM_THREADS", "1")
     assert cpu_threads(2) == 3
     monkeypatch.delenv("LOCAL_RANK")
