@@ -19,7 +19,7 @@ from envs import ENVIRONMENTS, held_out_splits, make_config, require_split
 
 Config = TypeVar("Config")
 
-# What an algorithm is made of: the defaults of the flags marked *, each of which can be set on its own.
+# The defaults that an algorithm gives to the flags marked *. Each of them can be set on its own.
 ALGORITHMS = {
     "grpo": {"clip_low": 0.2, "clip_high": 0.2, "aggregation": "sequence", "dynamic_sampling": False}
     | {"overlong_buffer": 0},
@@ -62,10 +62,10 @@ class Method:
     zeta: float = HfArg(default=0.1, help="weight of f(H), in units of advantage; 0 turns f off")
     clip_low: float | None = HfArg(default=None, help="* lower clip width: ratio >= 1 - clip_low [0.2]")
     clip_high: float | None = HfArg(default=None, help="* upper clip width [0.2 in GRPO, 0.28 in DAPO]")
-    aggregation: str | None = HfArg(default=None, help="* loss: mean by sequence [GRPO] or over each token [DAPO]")
-    dynamic_sampling: bool | None = HfArg(default=None, help="* train on groups that differ in success only [DAPO]")
-    overlong_buffer: int | None = HfArg(default=None, help="* tokens before max_tokens that cost reward [0, 128]")
-    kl_coef: float = HfArg(default=0.0, help="weight of k3 to the first policy, per nat; 0 loads no reference")
+    aggregation: str | None = HfArg(default=None, help="* average of the loss: sequence [GRPO] or token [DAPO]")
+    dynamic_sampling: bool | None = HfArg(default=None, help="* train only on groups that differ in success [DAPO]")
+    overlong_buffer: int | None = HfArg(default=None, help="* penalised tokens before max_tokens [DAPO: 128, else 0]")
+    kl_coef: float = HfArg(default=0.0, help="weight of the KL penalty (k3) to the first policy; 0 loads no reference")
 
 
 @dataclass(frozen=True)

@@ -6,7 +6,7 @@
     f(H_t+1) bonus for a step that leads to a clear next step                    clarity_bonus
     A_final  A g(H_t) + zeta f(H_t+1), minus its mean over all steps             modulate
 
-`modulation` returns all of them. Training calls it, and its last field is `modulate`.
+`modulation` returns all of them; training calls it. Its field `advantage` is the result of `modulate`.
 
 Dimensions: B episodes, G episodes of one task, L token positions, V vocabulary, S steps (the paper's t) per episode.
 Entropies, advantages and old log-probabilities are constants for autograd; only `logp` carries a gradient.
@@ -14,8 +14,8 @@ Entropies, advantages and old log-probabilities are constants for autograd; only
 Every mean, min and max runs over the rows that are passed in. The paper's statistics run over the whole update batch,
 so pass all of it: gather the episodes of all ranks first, split into micro-batches afterwards.
 
-Where sources disagree we follow: epsilon 1e-8 in the min-max normalisation (the authors' project page); the sample
-standard deviation and eps 1e-6 in the group advantage (verl; TRL adds 1e-4). Proposition 1 is about Renyi-2 entropy,
+Where sources disagree: the min-max normalisation uses epsilon 1e-8, as the authors' project page does. Group advantages
+use the sample standard deviation and eps 1e-6, as verl does (TRL adds 1e-4). Proposition 1 is about Renyi-2 entropy;
 the method itself uses Shannon entropy.
 """
 
@@ -54,7 +54,7 @@ def step_entropy(token_entropy: Tensor, step_ids: Tensor) -> tuple[Tensor, Tenso
 def normalize_entropy(entropy: Tensor, valid: Tensor) -> Tensor:
     """H_norm = (H - min H) / (max H - min H + 1e-8), min and max over every valid step of the batch.
 
-    entropy: (B, S), nats.  valid: (B, S) bool.  Returns (B, S) in [0, 1]; 0 off valid, and everywhere if all are equal.
+    entropy: (B, S), nats.  valid: (B, S) bool.  Returns (B, S) in [0, 1]; 0 where not valid, and if all are equal.
     >>> normalize_entropy(torch.tensor([[1.0, 3.0], [2.0, 9.0]]), torch.tensor([[True, True], [True, False]]))
     tensor([[0.0000, 1.0000],
             [0.5000, 0.0000]])
@@ -71,7 +71,7 @@ def gradient_scale(norm_entropy: Tensor, valid: Tensor, *, k: float = 1.0) -> Te
     """Self-calibrating gradient scaling g(H_t) = exp(-k H_norm,t) / mean over the batch's steps of exp(-k H_norm).
 
     norm_entropy: (B, S) in [0, 1].  valid: (B, S) bool.  k: sharpness, 0 turns it off (g = 1).
-    Returns g (B, S), above 1 for confident steps and below 1 for uncertain ones, mean 1 over valid steps, 0 off valid.
+    Returns g (B, S), above 1 for confident steps and below 1 for uncertain ones, mean 1 over valid steps, 0 elsewhere.
     """
     _require_2d("norm_entropy and valid", norm_entropy, valid)
     confidence = torch.exp(-k * norm_entropy)
@@ -80,10 +80,10 @@ def gradient_scale(norm_entropy: Tensor, valid: Tensor, *, k: float = 1.0) -> Te
 
 @torch.no_grad()
 def clarity_bonus(norm_entropy: Tensor, valid: Tensor, *, k_future: float = 1.0) -> Tensor:
-    """Future clarity bonus f(H_{t+1}) = exp(-k' H_norm,t+1): how clear the step that this one leads to is.
+    """Future clarity bonus f(H_{t+1}) = exp(-k' H_norm,t+1): how certain the policy is in the next step.
 
     norm_entropy: (B, S) in [0, 1].  valid: (B, S) bool.  k_future: the paper's k'.
-    Returns (B, S); 0 on an episode's last step, off valid, and where the next step has no tokens.
+    Returns (B, S); 0 on an episode's last step, where not valid, and where the next step has no tokens.
     >>> clarity_bonus(torch.tensor([[0.7, 0.0]]), torch.tensor([[True, True]]))
     tensor([[1., 0.]])
     """
@@ -96,7 +96,7 @@ def clarity_bonus(norm_entropy: Tensor, valid: Tensor, *, k_future: float = 1.0)
 def center(values: Tensor, valid: Tensor) -> Tensor:
     """The values minus their mean over the valid steps of the batch.
 
-    values: (B, S).  valid: (B, S) bool.  Returns (B, S), mean 0 over valid steps, 0 off valid. Not divided by a std.
+    values: (B, S).  valid: (B, S) bool.  Returns (B, S), mean 0 over valid steps, 0 elsewhere. Not divided by a std.
     >>> center(torch.tensor([[1.0, 3.0], [5.0, 9.0]]), torch.tensor([[True, True], [True, False]]))
     tensor([[-2.,  0.],
             [ 2.,  0.]])
@@ -118,18 +118,26 @@ def scale_and_bonus(
 
 @torch.no_grad()
 def modulate(
-    advantage: Tensor, entropy: Tensor, valid: Tensor, *, k: float = 1.0, k_future: float = 1.0, zeta: float = 0.1
+    advantage: Tensor,
+    entropy: Tensor,
+    valid: Tensor,
+    *,
+    k: float = 1.0,
+    k_future: float = 1.0,
+    zeta: float = 0.1,
+    g_and_f: tuple[Tensor, Tensor] | None = None,
 ) -> Tensor:
     """The modulated advantage A_mod(i,t) = A(i) g(H_t) + zeta f(H_{t+1}), minus its mean over all steps of the batch.
 
     advantage: (B,), group-relative.  entropy: (B, S), nats.  valid: (B, S) bool.  zeta: weight of the bonus.
-    Returns A_final (B, S): mean 0 over valid steps (not over tokens), not divided by a std, 0 off valid. With k = 0 and
+    g_and_f: both, (B, S) each, if they are computed already.
+    Returns A_final (B, S): mean 0 over valid steps (not over tokens), not divided by a std, 0 elsewhere. With k = 0 and
     zeta = 0 it is the advantage minus its mean over steps.  Raises ValueError if the shapes disagree.
     """
     _require_2d("entropy and valid", entropy, valid)
     if advantage.shape != entropy.shape[:1]:
         raise ValueError(f"advantage must be (B,) and entropy (B, S); got {_shapes(advantage, entropy)}")
-    _, g, f = scale_and_bonus(entropy, valid, k=k, k_future=k_future)
+    g, f = g_and_f or scale_and_bonus(entropy, valid, k=k, k_future=k_future)[1:]
     return center(advantage[:, None] * g + zeta * f, valid)
 
 
@@ -149,14 +157,15 @@ class Modulation:
 def modulation(
     advantage: Tensor, entropy: Tensor, valid: Tensor, *, k: float = 1.0, k_future: float = 1.0, zeta: float = 0.1
 ) -> Modulation:
-    """Everything that a step is trained with under EMPG. Arguments and errors: see `modulate`, the last field."""
-    final = modulate(advantage, entropy, valid, k=k, k_future=k_future, zeta=zeta)
-    return Modulation(advantage, entropy, valid, *scale_and_bonus(entropy, valid, k=k, k_future=k_future), final)
+    """All that a step is trained with under EMPG. Arguments and errors as in `modulate`, which makes the last field."""
+    norm_entropy, g, f = scale_and_bonus(entropy, valid, k=k, k_future=k_future)
+    final = modulate(advantage, entropy, valid, zeta=zeta, g_and_f=(g, f))
+    return Modulation(advantage, entropy, valid, norm_entropy, g, f, final)
 
 
 @torch.no_grad()
 def no_modulation(advantage: Tensor, entropy: Tensor, valid: Tensor) -> Modulation:
-    """The same for the baseline without EMPG: g = 1, f = 0, and each step has its episode's advantage, not centred."""
+    """`modulation` of the baseline without EMPG: g = 1, f = 0, and each step has its episode's advantage."""
     g, f = valid.to(advantage.dtype), torch.zeros_like(entropy)
     return Modulation(advantage, entropy, valid, normalize_entropy(entropy, valid), g, f, advantage[:, None] * g)
 
@@ -215,13 +224,14 @@ def policy_loss(
 
     logp, old_logp (nats), advantage: (B, L) float.  mask: (B, L) bool, True where the policy sampled.
     GRPO: clip_low = clip_high = 0.2, aggregation "sequence".  DAPO: 0.2, 0.28, "token".  normalizer: see `aggregate`.
-    Returns the loss and sums over the sampled tokens: "tokens", "clip_low" and "clip_high" (tokens whose gradient the
-    bound removed), "kl_old" (k3 estimate of KL(old || current), nats).  Raises ValueError if the shapes disagree.
+    Returns the loss and sums over the sampled tokens: "tokens", "clip_low" and "clip_high" (tokens whose gradient is 0
+    because the ratio is outside this bound), "kl_old" (k3 estimate of KL(old || current), nats).
+    Raises ValueError if the shapes disagree.
     """
     _require_2d("logp, old_logp, advantage and mask", logp, old_logp, advantage, mask)
     mask = mask.bool()
-    # Masked before exp, not after: what stands off the mask may be infinite, and inf * 0 is nan. The clamp (as in verl)
-    # is far beyond any bound of the ratio; without it one exp that overflows would make every gradient nan.
+    # Mask before exp: values outside the mask may be infinite, and inf * 0 is nan. The clamp (as in verl) keeps exp
+    # from overflowing; it is far outside the clip range.
     log_ratio = (logp - old_logp.detach()).where(mask, 0).clamp(-20, 20)
     advantage = advantage.detach().where(mask, 0)
     ratio = log_ratio.exp()
@@ -243,16 +253,15 @@ def aggregate(values: Tensor, mask: Tensor, aggregation: str, normalizer: float 
     """One number from token values (B, L): their sum over `mask`, divided by `normalizer`.
 
     aggregation "sequence": mean over a sequence's tokens, then over sequences (GRPO). "token": mean over all tokens
-    (DAPO).  normalizer: `loss_normalizer` of the whole mini-batch, all micro-batches and ranks included; None takes
-    that of the rows given.  Raises ValueError for another aggregation, or if the shapes disagree.
+    (DAPO).  normalizer: `loss_normalizer` of the whole mini-batch, all micro-batches and ranks included; None: of these
+    rows.  Raises ValueError for another aggregation, or if the shapes disagree.
     """
     _require_2d("values and mask", values, mask)
-    _require_aggregation(aggregation)
-    normalizer = loss_normalizer(mask, aggregation) if normalizer is None else normalizer
+    of_these_rows = loss_normalizer(mask, aggregation)
     values = values.where(mask, 0)
     if aggregation == "sequence":
         values = values / mask.sum(1, keepdim=True).clamp(min=1)
-    return values.sum() / normalizer
+    return values.sum() / (of_these_rows if normalizer is None else normalizer)
 
 
 def loss_normalizer(mask: Tensor, aggregation: str) -> float:
@@ -260,18 +269,19 @@ def loss_normalizer(mask: Tensor, aggregation: str) -> float:
 
     mask: (B, L) bool.  Raises ValueError for another aggregation than AGGREGATIONS.
     """
-    _require_aggregation(aggregation)
+    if aggregation not in AGGREGATIONS:
+        raise ValueError(f"aggregation must be {' or '.join(map(repr, AGGREGATIONS))}, got {aggregation!r}")
     return max(1, len(mask) if aggregation == "sequence" else int(mask.sum()))
 
 
 def kl_k3(logp: Tensor, ref_logp: Tensor) -> Tensor:
     """Estimate of KL(policy || reference): k3 = exp(d) - d - 1, d = ref_logp - logp; nats, >= 0."""
     delta = ref_logp - logp
-    return (delta.expm1() - delta).clamp(min=0)  # the clamp takes off the rounding error near 0
+    return (delta.expm1() - delta).clamp(min=0)  # rounding can make it slightly negative
 
 
 def soft_overlong_penalty(length: Tensor, *, limit: int, buffer: int) -> Tensor:
-    """DAPO's addition to the reward of long episodes: 0 up to limit - buffer, then linearly down to -1 at limit and on.
+    """DAPO's addition to the reward of long episodes: 0 up to limit - buffer, then linearly to -1 at limit, -1 beyond.
 
     length: (B,), tokens.  Returns (B,) float in [-1, 0].  Raises ValueError unless 0 < buffer <= limit.
     >>> soft_overlong_penalty(torch.tensor([80, 90, 100, 200]), limit=100, buffer=20)
@@ -317,11 +327,6 @@ def token_logp_and_entropy(logits: Tensor, ids: Tensor, temperature: float = 1.0
     log_p = log_p.detach().clamp(min=torch.finfo(z.dtype).min)  # p log p of a banned token is 0, where 0 * -inf is nan
     entropy = -(log_p.exp() * log_p).sum(-1)  # (B, L)
     return logp, entropy
-
-
-def _require_aggregation(aggregation: str) -> None:
-    if aggregation not in AGGREGATIONS:
-        raise ValueError(f"aggregation must be {' or '.join(map(repr, AGGREGATIONS))}, got {aggregation!r}")
 
 
 def _require_2d(names: str, *tensors: Tensor) -> None:

@@ -164,7 +164,7 @@ def transcript(episode: Episode, entropy: Sequence[float] = (), advantage: Seque
     for number, step in enumerate(episode.steps):
         shown = [f"step {number}"]
         shown += [f"H {entropy[number]:.3f}"] if entropy else []
-        shown += [f"A {advantage[number]:+.3f}"] if advantage else []
+        shown += [f"A {round(advantage[number], 3) + 0.0:+.3f}"] if advantage else []  # never -0.000
         shown += [] if step.valid else ["(invalid)"]
         lines += ["", "  ".join(shown)]
         lines += [f"  Thought: {step.thought}", f"  Action: {step.action}", f"  {step.observation}"]

@@ -1,12 +1,12 @@
 """How good is a player: success with its interval, steps, invalid actions, per task type; two players compared.
 
-    python eval.py --policy out/house/checkpoint-000080                            the number that training printed
+    python eval.py --policy out/house/checkpoint-000060                            the number that training printed
     python eval.py --policy random --env search                                    every held-out split
-    python eval.py --compare out/house/first_policy out/house/checkpoint-000080    paired, on the same tasks
-    torchrun --nproc_per_node 2 eval.py --policy out/house/checkpoint-000080       two processes share the tasks
+    python eval.py --compare out/house/first_policy out/house/checkpoint-000060    paired, on the same tasks
+    torchrun --nproc_per_node 2 eval.py --policy out/house/checkpoint-000060       two processes share the tasks
 
-A player is a checkpoint folder, a hub id, or one of the scripted players `oracle` and `random`. A checkpoint is played
-as its training run played it, on the same tasks, with the same limits and random numbers, unless a flag says otherwise.
+A player is a checkpoint folder, a hub id, or one of the scripted players `oracle` and `random`. A checkpoint is
+evaluated as during its training: same tasks, limits and random numbers, unless a flag says otherwise.
 """
 
 import os

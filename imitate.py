@@ -96,7 +96,7 @@ def dialogue(instructions: str, episode: Episode) -> Dialogue:
 
 
 def imitate(policy: Policy, dialogues: list[Dialogue], config: TinyConfig) -> None:
-    """Train the policy, in place, to write the dialogues' responses: cross-entropy over the tokens it would sample.
+    """Train the policy, in place, to write the player's responses: cross-entropy over the response tokens only.
 
     One pass in the order given, since a player's dialogues are drawn at random already.
     """

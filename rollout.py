@@ -5,7 +5,7 @@ policy samples and the observation that the environment answers. The KV cache is
 through the model once, and a prompt that several episodes share goes through it once for all of them.
 
 A response is sampled at temperature T over the full vocabulary (no top-k, no top-p). Its log-probabilities and
-entropies come from the very logits that it was sampled from. The random number of a token depends on the episode's seed
+entropies come from the same logits that it was sampled from. The random number of a token depends on the episode's seed
 and on the token's place in the episode, and on nothing else. So an episode is the same in whatever batch, on whatever
 rank and with whatever limits it is played.
 """
@@ -26,7 +26,7 @@ from policy import Policy
 
 
 def train_task(env: str, size: int | None, seed: int, number: int) -> Task:
-    """A run's training task `number`: a new one every time, or all of a finite split in a new order on each pass.
+    """A run's training task `number`: a new one each time, or all tasks of a finite split, in another order each pass.
 
     size: tasks of the training split, None if it has one for every seed.  seed: of the run.
     """
@@ -51,12 +51,11 @@ def rollout(
     max_tokens: int = 2048,
     desc: str = "rollout",
 ) -> list[Episode]:
-    """Play one episode of every task, as many at a time as there are environments.
+    """One episode of every task, in the order of the tasks; as many are played at a time as there are environments.
 
     seeds: for each episode, the integers that its random numbers come from.  temperature: 0 is greedy.
-    max_step_tokens: of one response; it is cut off there.  max_tokens: of an episode; it is truncated if the next
-    response might not fit.  Returns the episodes in the order of the tasks.  Raises PolicyError if the logits are not
-    finite.
+    max_step_tokens: of one response; a longer one is cut off.  max_tokens: of an episode; it is truncated if the next
+    response might not fit.  Raises PolicyError if the logits are not finite.
     """
     policy.model.eval()
     limits = {"temperature": temperature, "max_step_tokens": max_step_tokens, "max_tokens": max_tokens}
@@ -70,10 +69,7 @@ def rollout(
 
 
 def _start(policy: Policy, envs: list[Env], tasks: list[Task], limit: int) -> list[Episode]:
-    """Reset the environments: episodes that hold the prompt, which ends where the first response begins.
-
-    limit: tokens that may stand before a response; an episode with more of them is truncated.
-    """
+    """Reset the environments: episodes that hold the prompt, truncated if it has more than `limit` tokens."""
     episodes = [_reset(env, task) for env, task in zip(envs, tasks, strict=False)]
     prompts = policy.prompt(envs[0].instructions, [episode.prompt for episode in episodes])
     for episode, ids in zip(episodes, prompts, strict=True):
@@ -100,7 +96,7 @@ def play_on(
     number of episodes that are done since the last call.  The rest is as in `rollout`.
     """
     limit = max_tokens - max_step_tokens
-    # The token at place j of an episode is drawn with number j of its row.
+    # uniform[i, j] draws token j of episode i.
     uniform = np.stack([np.random.default_rng(list(seed)).random(max_tokens) for seed in seeds])  # (B, max_tokens)
     live = [i for i, episode in enumerate(episodes) if not episode.done]
     finished(len(episodes) - len(live))
@@ -130,7 +126,7 @@ def play_on(
 
 
 def _reset(env: Env, task: Task) -> Episode:
-    """An episode that holds the first observation; one that is over already if the environment raises."""
+    """A new episode with its first observation; already truncated if the environment raises."""
     try:
         prompt, info = env.reset(task.split, task.seed)
     except Exception as error:  # see _act

@@ -7,9 +7,9 @@
     torchrun --nproc_per_node 2 train.py                             two processes, with or without GPUs
     torchrun --nproc_per_node 2 train.py --fsdp                      each of them with half of the model
 
-The algorithm is `iterate`, in eight beats. Every rank samples its own groups and gets those of all ranks, so EMPG's
-statistics, the normalisers and the metrics are those of the whole batch. Only sampling, forward and backward are
-divided among the ranks.
+The algorithm is `iterate`, in eight beats. A rank is one process. Each rank plays some of the groups and then receives
+all groups, so EMPG's statistics, the normalisers and the metrics are those of the whole batch. Only sampling, forward
+and backward are divided among the ranks.
 
 Differences from the papers: DAPO's length penalty counts the tokens of the whole episode, observations included.
 Not covered: tensor parallelism. While sampling, every device holds all weights in compute precision, with --fsdp too.
@@ -57,7 +57,7 @@ def iterate(
     while state.iteration < config.iterations:
         # 1 sample episodes, in groups of one task
         groups, metrics = sample_groups(config, learner, envs, state.next_task)
-        state.learnt(metrics["group/tasks_used"], metrics)
+        state.next_iteration(metrics["group/tasks_used"], metrics)
         record.spent_on("sample")
 
         if groups:  # dynamic sampling may find no group that differs in success
@@ -141,7 +141,7 @@ def score(config: TrainConfig, batch: Batch) -> Tensor:
 def assign_credit(
     config: TrainConfig, batch: Batch, advantage: Tensor, entropy: Tensor, valid: Tensor, learner: Learner | None = None
 ) -> Modulation:
-    """What each step of the batch is trained with. `train` takes another function in the place of this one.
+    """What each step of the batch is trained with. To use another function, pass it to `train`.
 
     advantage: (B,), group-relative.  entropy: (B, S), nats.  valid: (B, S) bool.  learner: for credit that needs the
     policy. The tensors of the result are (B, S).
@@ -187,7 +187,7 @@ def train(config: TrainConfig, assign_credit: Callable[..., Modulation] = assign
         accelerator = start_ranks(config.threads, config.fsdp, **tracker)
         envs = open_envs(config, config.batch_size, ["train", config.held_out])
         record = Record(config, accelerator)
-        # The main process alone reads every checkpoint to its end to verify it.
+        # The main process alone verifies the checkpoints, because that reads every file to its end.
         newest, state = broadcast_object_list([run_position(config) if accelerator.is_main_process else None])[0]
         record.header(count_parameters(str(newest or config.policy)))
         learner = prepare(config, accelerator, envs[0], newest)

@@ -74,7 +74,7 @@ def update(config: TrainConfig, learner: Learner, batch: Batch, advantage: Tenso
                 accelerator.backward(weight * loss)
             for name, value in part_sums.items():
                 sums[name] += float(value) if weight else 0.0
-        # Before the first optimizer step the weights are those that sampled, so this KL is rounding.
+        # In the first mini-batch the weights are still those that sampled, so this KL is rounding; setdefault keeps it.
         sums.setdefault("kl_rollout", sums["kl_old"])
         sums.setdefault("rollout_tokens", sums["tokens"])
 
@@ -119,8 +119,8 @@ def micro_batches(
     """This rank's share of a mini-batch in parts of at most micro_batch_tokens tokens, each with its loss's weight.
 
     length: (B,), tokens of each episode. Rows are sorted by length, so that little of a part is padding. DDP averages
-    gradients over ranks. The normaliser already counts all ranks, so the weight is the number of ranks. DDP needs every
-    rank in every backward pass, so all have the same number of parts: a rank with too few runs one row with weight 0.
+    gradients over ranks, where their sum is needed: the weight is the number of ranks. DDP needs every rank in every
+    backward pass: one with too few parts runs one row with weight 0.
     """
     rank, ranks = accelerator.process_index, accelerator.num_processes
     lengths = length.tolist()

@@ -54,7 +54,7 @@ class RunState:
         """The last iteration whose metrics are complete; -1 for none."""
         return self.iteration if self.unwritten is None else self.iteration - 1
 
-    def learnt(self, tasks_used: int, metrics: dict) -> None:
+    def next_iteration(self, tasks_used: int, metrics: dict) -> None:
         """Go to the next iteration. metrics: what is known of it so far."""
         self.iteration, self.next_task = self.iteration + 1, self.next_task + tasks_used
         self.unwritten, self.after = metrics, None
@@ -64,7 +64,7 @@ def run_position(config: TrainConfig) -> tuple[Path | None, RunState]:
     """The newest good checkpoint of the run in config.out and its state; None and a new state for a new run.
 
     A damaged checkpoint is named and skipped.
-    Raises CheckpointError unless --resume says which of the two is meant and the checkpoint fits the configuration.
+    Raises CheckpointError if there is a run but no --resume, --resume but no run, or a flag changed that must not.
     """
     out, saved = config.out, checkpoints(Path(config.out))
     if not config.resume:
@@ -205,7 +205,7 @@ def checkpoint_path(out: Path, iteration: int) -> Path:
 
 
 def evaluation_of(player: str) -> dict:
-    """How its training run evaluated a player, as values of EvalConfig; empty if it is no folder of a run.
+    """How its training run evaluated a player, as values of EvalConfig; {} if it does not come from a run.
 
     They stand beside a checkpoint's weights, and for the policy that a run started from in the run's own folder.
     """

@@ -73,9 +73,10 @@ def draw_curves(metrics: Path, picture: Path) -> Figure:
         axis.grid(alpha=0.3)
         axis.legend()
     for axis in axes.flat[len(PANELS) :]:
-        axis.remove()
-    for axis in axes[-1]:
+        axis.set_visible(False)
+    for axis in axes.flat[len(PANELS) - 2 : len(PANELS)]:  # the lowest panel of each column
         axis.set_xlabel("iteration")
+        axis.tick_params(labelbottom=True)
     figure.savefig(picture, dpi=120)
     return figure
 

@@ -5,11 +5,11 @@ passes are divided in update.py.
 
 With --fsdp (FSDP2, through Accelerate) each rank keeps a part of every weight. While a layer computes, its weights are
 gathered; then they are dropped again. While a rank samples, all weights stay gathered (`weights_for_sampling`).
-Otherwise every token would be one gathering of the whole model, and a rank could not go on to its next token before the
-others.
+Otherwise each token would gather the whole model again, and all ranks would wait for each other at every token.
 
-What is sharded is not on the main process. So all ranks take part in saving: `full_weights` for a checkpoint that
-`from_pretrained` opens, `save_shards` for one that training resumes from. Without --fsdp these functions do nothing.
+The main process does not hold all weights of a sharded model. So all ranks take part in saving: `full_weights` for a
+checkpoint that `from_pretrained` opens, `save_shards` for one that training resumes from. Without --fsdp they do
+nothing.
 
 Not run here: several machines. Their ranks need a common file system for checkpoints.
 """

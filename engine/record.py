@@ -174,7 +174,8 @@ class Record:
                     file.write(json.dumps({"iteration": iteration} | content) + "\n")
         names = {"success": "group/success", "held_out": "eval/success", "H": "entropy/mean"}
         self.shown |= {name: f"{metrics[key]:.2f}" for name, key in names.items() if key in metrics}
-        if metrics.get("group/zero_std_frac") == 1 and self.config.empg and not self.warned:
+        bonus = self.config.empg and self.config.zeta > 0
+        if metrics.get("group/zero_std_frac") == 1 and bonus and not self.warned:
             self.warned = True
             self.say(
                 f"iteration {iteration}: all episodes of each group have the same reward, so only the bonus trains"

@@ -145,11 +145,11 @@ class Sampler:
     ):
         self.policy, self.temperature = policy, temperature
         self.max_step_tokens, self.max_tokens = max_step_tokens, max_tokens
-        self.rounding = ROUNDING.get(policy.device.type, ROUNDING["cpu"])
+        self.rounding = ROUNDING.get(policy.model.device.type, ROUNDING["cpu"])
         self.cache = DynamicCache(config=policy.model.config)
         self.cache.layers = [SlotLayer() for _ in self.cache.layers]
         self.graphs: dict[tuple[int, int], torch.cuda.CUDAGraph] = {}  # of a decode step, by rows and columns
-        self.state = DecodeBuffers(_round_up(len(prompts), self.rounding[0]), max_step_tokens, policy.device)
+        self.state = DecodeBuffers(_round_up(len(prompts), self.rounding[0]), max_step_tokens, policy.model.device)
         distinct = list(dict.fromkeys(tuple(ids[:-1]) for ids in prompts))
         self.lengths = [0] * len(distinct)  # tokens that the model has read, of each row
         self.columns = 0  # of the cache
@@ -161,7 +161,7 @@ class Sampler:
         """Make `rows` the batch, in this order. All other rows are dropped."""
         lengths = [self.lengths[row] for row in rows]
         if rows != list(range(len(rows))):
-            index = torch.tensor(rows, dtype=torch.long, device=self.policy.device)
+            index = torch.tensor(rows, dtype=torch.long, device=self.policy.model.device)
             for layer in self.cache.layers:
                 layer.keep(index, max(lengths, default=0))
         self.lengths = lengths
@@ -210,7 +210,7 @@ class Sampler:
 
     def _read(self, pending: list) -> Tensor:
         """Feed each row its pending ids, padded on the left to (B, n). Returns the logits (B, V) after the last id."""
-        width, device, logits = max(map(len, pending)), self.policy.device, []
+        width, device, logits = max(map(len, pending)), self.policy.model.device, []
         at_once = max(1, READ_AT_ONCE // max(1, width))
         for start in range(0, len(pending), at_once):
             part = pending[start : start + at_once]
@@ -225,7 +225,7 @@ class Sampler:
 
     def _decode_or_replay(self, rows: int, columns: int) -> None:
         """A decode step. On a GPU, the first step of a shape is run and captured, and later ones are replayed."""
-        if self.policy.device.type != "cuda":
+        if self.policy.model.device.type != "cuda":
             self._decode(rows, columns)
         elif (rows, columns) in self.graphs:
             self.graphs[rows, columns].replay()

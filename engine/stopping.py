@@ -1,7 +1,7 @@
 """Stopping a run early without losing work: Ctrl-C, or the SIGTERM of a cluster that takes a machine back.
 
-While a run samples, nothing changes that a checkpoint holds, and the episodes can be sampled again from their seeds. So
-sampling is aborted at once. An update is completed first. Either way all ranks stop at the same place, save, and
+Sampling changes nothing that a checkpoint holds, and the episodes can be sampled again from their seeds. So sampling is
+aborted at once. An update is completed first. Either way all ranks stop at the same place, save, and
 end; `--resume` gives the metrics and the weights of a run that was never stopped.
 """
 

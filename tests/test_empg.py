@@ -402,7 +402,7 @@ def test_only_logp_carries_a_gradient():
 )
 def test_wrong_shapes_are_named(function, shapes, options):
     with pytest.raises(ValueError, match=r"must (be|have) .*; got ") as error:
-        function(*(torch.zeros(shape, dtype=torch.long) for shape in shapes), **options)
+        function(*(torch.zeros(shape, dtype=torch.bool) for shape in shapes), **options)
     assert all(str(shape) in str(error.value) for shape in shapes)
 
 
