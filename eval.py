@@ -6,7 +6,8 @@
     torchrun --nproc_per_node 2 eval.py --policy out/house/checkpoint-000060       two processes share the tasks
 
 A player is a checkpoint folder, a hub id, or one of the scripted players `oracle` and `random`. A checkpoint is
-evaluated as during its training: same tasks, limits and random numbers, unless a flag says otherwise.
+evaluated as during its training: same tasks, limits and random numbers, unless a flag says otherwise. Sources of the
+world (folders, files, servers, data sets) are not taken from a checkpoint: --env_args names them again.
 """
 
 import os
@@ -17,6 +18,7 @@ if __name__ == "__main__":
 import json
 from collections.abc import Sequence
 from contextlib import nullcontext
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -25,7 +27,7 @@ from accelerate import Accelerator
 from scipy import stats
 
 from config import EvalConfig, TrainConfig, fail, given_flags, parse_config
-from engine.checkpoint import evaluation_of
+from engine.checkpoint import evaluation_of, world_settings
 from engine.ranks import explain_out_of_memory, play_over_ranks, start_ranks, weights_for_sampling
 from engine.record import naming_the_file, require_writable
 from envs import PLAYERS, Env, example, held_out_splits, make_envs
@@ -207,16 +209,24 @@ def percent(summary: dict) -> str:
 
 def parse_eval_config(argv: Sequence[str] | None = None) -> EvalConfig:
     """The command line of eval.py. What is not given comes from the checkpoint's own configuration, so that eval.py
-    repeats the evaluation of its training run; world, settings and split do not if another --env is given."""
+    repeats the evaluation of its training run; world, settings and split do not if another --env is given. A source,
+    such as a folder of data, comes from the command line alone, see docs/scaling.md."""
     given, defaults = given_flags(EvalConfig, argv), {}
+    typed = given.pop("env_args", [])
     for player in given.get("compare") or [given.get("policy", EvalConfig.policy)]:
         own = evaluation_of(player)
         if own and given.get("env", own["env"]) != own["env"]:
             own = {name: own[name] for name in ("seed", "temperature", "max_step_tokens", "max_tokens")}
+        elif own:
+            own["env_args"] = world_settings(player, own["env"], own["env_args"], typed)
         for name, value in own.items():
             if name not in given and defaults.setdefault(name, value) != value:
                 fail(f"the two players were trained with {name} {defaults[name]} and {value}; say --{name}")
-    return parse_config(EvalConfig, argv, defaults)
+    config = parse_config(EvalConfig, argv, defaults)
+    try:
+        return replace(config, env_args=defaults.get("env_args", config.env_args))
+    except ValueError as error:
+        fail(str(error))
 
 
 def main() -> None:

@@ -22,13 +22,13 @@ from torch import Tensor
 from torch.nn import functional as F
 from torch.nn.utils.rnn import pad_sequence
 from tqdm import tqdm
-from transformers import AutoConfig, AutoModelForCausalLM, PretrainedConfig
+from transformers import AutoModelForCausalLM, PretrainedConfig
 
 import envs
 from config import TrainConfig
 from envs import Env, careless_player, format_response
 from episode import Episode
-from policy import Dialogue, Policy, PolicyError, require_model
+from policy import Dialogue, Policy, PolicyError, load_config
 from rollout import play_scripted, train_task
 from tiny import TinyConfig, tiny_model_config, tiny_policy
 
@@ -55,8 +55,7 @@ def read_config(policy: str) -> PretrainedConfig:
     if policy == "tiny":
         return tiny_model_config(TinyConfig(), TinyConfig.vocab_size)
     try:
-        require_model(policy)
-        return AutoConfig.from_pretrained(policy)
+        return load_config(policy)
     except (OSError, ValueError) as error:
         raise PolicyError(f"no policy at {policy!r}: {str(error).splitlines()[0]}") from error
 
@@ -66,7 +65,7 @@ def count_parameters(policy: str) -> int:
     config = read_config(policy)
     try:
         with torch.device("meta"):  # tensors without storage
-            return AutoModelForCausalLM.from_config(config).num_parameters()
+            return AutoModelForCausalLM.from_config(config, trust_remote_code=False).num_parameters()
     except ValueError as error:
         raise PolicyError(f"no policy at {policy!r}: {str(error).splitlines()[0]}") from error
 

@@ -19,9 +19,11 @@ from pathlib import Path
 import torch
 from huggingface_hub import HfApi, try_to_load_from_cache
 from tokenizers import Tokenizer
-from transformers import AutoModelForCausalLM, DynamicCache, PreTrainedTokenizerFast
+from transformers import AutoConfig, AutoModelForCausalLM, DynamicCache, PretrainedConfig, PreTrainedTokenizerFast
 from transformers.cache_utils import DynamicLayer
 
+# Implementations of attention and experts that are part of transformers and torch. Others may be fetched from the hub.
+PLAIN = (None, "eager", "sdpa", "batched_mm", "grouped_mm")
 # A dialogue is a list of texts: instructions, first observation, then response and observation in turns.
 Dialogue = list[str]
 
@@ -129,17 +131,36 @@ def _without_added_tokens(tokenizer: PreTrainedTokenizerFast) -> Tokenizer:
 def load_policy(path: str, dtype: torch.dtype = torch.float32) -> Policy:
     """A policy from a folder or a hub id. Raises PolicyError, in one line, if there is none or it cannot be used."""
     try:
-        require_model(path)
+        config = load_config(path)
         # Not AutoTokenizer: for some model types, Qwen2 among them, it replaces the saved pre-tokenizer by that of the
         # family. A tiny Qwen2 with a tokenizer of its own then reads ids that it was never trained on.
-        tokenizer = PreTrainedTokenizerFast.from_pretrained(path)
-        model = AutoModelForCausalLM.from_pretrained(path, dtype=dtype)
+        tokenizer = PreTrainedTokenizerFast.from_pretrained(path, trust_remote_code=False)
+        model = AutoModelForCausalLM.from_pretrained(path, config=config, dtype=dtype, trust_remote_code=False)
         require_full_attention(model.config)
         require_vocabulary(model.config, tokenizer)
         return Policy(model, tokenizer)
     except Exception as error:  # a cut file, a broken template, no such model: each library has its own class
         reason = (str(error).strip() or type(error).__name__).splitlines()[0]
         raise PolicyError(f"no policy at {path!r}: {reason}") from error
+
+
+def load_config(path: str) -> PretrainedConfig:
+    """The configuration of a model in a folder or on the hub. A model is data: nothing that it brings is run.
+
+    Raises OSError or ValueError if there is no such model, or if it needs code of its own or of a third place.
+    """
+    require_model(path)
+    if (Path(path) / "adapter_config.json").exists():  # it would fetch the model that the file names
+        raise ValueError("it holds an adapter, which names another model; merge the two first")
+    config = AutoConfig.from_pretrained(path, trust_remote_code=False)  # None would ask on the terminal
+    parts = [config]
+    for part in parts:
+        parts += [own for name in part.sub_configs if isinstance(own := getattr(part, name, None), PretrainedConfig)]
+        for kind in ("attn", "experts"):
+            implementation = getattr(part, f"_{kind}_implementation", None)
+            if implementation not in PLAIN:
+                raise ValueError(f"its configuration asks for {implementation!r}, which may be code from the hub")
+    return config
 
 
 def require_full_attention(config) -> None:

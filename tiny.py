@@ -73,4 +73,6 @@ def tiny_policy(dialogues: list[Dialogue], config: TinyConfig, seed: int) -> Pol
     model_config = tiny_model_config(config, len(tokenizer), **ids)
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
-        return Policy(AutoModelForCausalLM.from_config(model_config, dtype=torch.float32), tokenizer)
+        return Policy(
+            AutoModelForCausalLM.from_config(model_config, dtype=torch.float32, trust_remote_code=False), tokenizer
+        )

@@ -9,19 +9,22 @@ import hashlib
 import json
 import os
 import re
+import shlex
 import shutil
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, fields
 from functools import partial
 from pathlib import Path
+from pickle import UnpicklingError
 
 import torch
 from accelerate import Accelerator
+from torch.distributed.checkpoint.api import CheckpointException
 from tqdm import tqdm
 
-from config import EvalConfig, TrainConfig
+from config import EvalConfig, TrainConfig, fail
 from engine.ranks import full_weights, load_shards, save_shards
-from envs import held_out_splits
+from envs import ENVIRONMENTS, held_out_splits
 from policy import Policy
 
 CHECKSUMS = "sha256.json"
@@ -119,9 +122,9 @@ def save(
         state.saved, weights = state.iteration, full_weights(policy.model)
         try:
             shards = save_shards(folder.with_name(".shards.partial"), policy.model, optimizer)
-        except Exception as error:  # torch raises an error of its own when a disk is full
-            reason = str(error).splitlines()[0]
-            raise CheckpointError(f"could not save {folder} ({reason}); earlier checkpoints are untouched") from error
+        except (Exception, CheckpointException) as error:  # torch raises an error of its own when a disk is full
+            reason = f"could not save {folder} ({_reason(error)}); earlier checkpoints are untouched"
+            raise CheckpointError(reason) from error
         if accelerator.is_main_process:
             save_checkpoint(folder, policy, optimizer, asdict(state), weights, shards)
     accelerator.wait_for_everyone()
@@ -207,18 +210,35 @@ def checkpoint_path(out: Path, iteration: int) -> Path:
 def evaluation_of(player: str) -> dict:
     """How its training run evaluated a player, as values of EvalConfig; {} if it does not come from a run.
 
-    They stand beside a checkpoint's weights, and for the policy that a run started from in the run's own folder.
+    They stand beside a checkpoint's weights, and for the policy that a run started from in the run's own folder. Flags
+    of eval.py alone, such as files to write, are not taken from there.
     """
+    same = {field.name for field in fields(EvalConfig)} & {field.name for field in fields(TrainConfig)} - {"policy"}
     for file in (Path(player) / "state.json", Path(player).parent / "config.json"):
         try:
             saved = json.loads(file.read_text())["config"]
-            split = saved["eval_split"] or held_out_splits(saved["env"])[0]
-            same = {field.name for field in fields(EvalConfig)} - {"policy"}
+            first, *_ = held_out_splits(saved["env"])
             own = {name: saved[name] for name in saved if name in same}
-            return own | {"split": [split], "tasks": saved["eval_tasks"]}
+            own["env_args"] = [str(arg) for arg in saved["env_args"]]
+            return own | {"split": [saved["eval_split"] or first], "tasks": saved["eval_tasks"]}
         except (OSError, ValueError, KeyError, TypeError):
             continue
     return {}
+
+
+def world_settings(folder: Path | str, env: str, saved: list[str], typed: list[str]) -> list[str]:
+    """The world's settings that a folder's run had; those that the command line gives go before them.
+
+    A setting that is a text names a file, a folder with code, a server or a data set on the hub. The folder may be
+    somebody else's, so such a setting is never taken from it. Ends the program with a line that says what to type.
+    """
+    texts = {field.name for field in fields(ENVIRONMENTS[env].config) if field.type in (str, "str")}
+    before, now = (dict(arg.partition("=")[::2] for arg in args) for args in (saved, typed))
+    if sources := [f"{name}={value}" for name, value in before.items() if value and name in texts - now.keys()]:
+        flag = f"--env_args {' '.join(map(shlex.quote, sources))}"
+        flag = flag if flag.isprintable() else ascii(flag)
+        fail(f"{folder} names a source, which is not taken from a folder; if you trust it, type: {flag}")
+    return [f"{name}={value}" for name, value in (before | now).items()]
 
 
 def verify_checkpoint(folder: Path) -> None:
@@ -237,11 +257,21 @@ def verify_checkpoint(folder: Path) -> None:
 
 
 def restore(folder: Path, policy: Policy, optimizer: torch.optim.Optimizer) -> None:
-    """Restore the optimizer of a policy that was loaded from this checkpoint, in place."""
-    if (folder / SHARDS).exists():
-        load_shards(folder / SHARDS, policy.model, optimizer)
-    else:
-        load_optimizer(folder, optimizer)
+    """Restore the optimizer of a policy that was loaded from this checkpoint, in place; a sharded model, too."""
+    try:
+        if not load_shards(folder / SHARDS, policy.model, optimizer):
+            load_optimizer(folder, optimizer)
+    except (Exception, CheckpointException) as error:  # the latter, of shards, is none of the former
+        raise CheckpointError(f"{folder} cannot be restored: {_reason(error)}") from error
+
+
+def _reason(error: BaseException) -> str:
+    """What an error says, in one line."""
+    if isinstance(error, CheckpointException):
+        error = next(iter(error.failures.values()))[0]  # of one rank
+    if isinstance(error, UnpicklingError):  # torch's own text advises to load it all the same
+        return "it holds more than data"
+    return (str(error).strip() or type(error).__name__).splitlines()[0]
 
 
 def link_first_policy(link: Path, policy: str) -> None:

@@ -14,7 +14,9 @@ nothing.
 Not run here: several machines. Their ranks need a common file system for checkpoints.
 """
 
+import io
 import os
+import pickle
 import shutil
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
@@ -28,6 +30,7 @@ from accelerate import Accelerator, FullyShardedDataParallelPlugin, PartialState
 from accelerate.optimizer import AcceleratedOptimizer
 from accelerate.utils import DistributedType, InitProcessGroupKwargs, fsdp2_prepare_model
 from torch import Tensor, nn
+from torch.distributed.checkpoint.default_planner import DefaultLoadPlanner
 from torch.distributed.checkpoint.state_dict import (
     StateDictOptions,
     get_model_state_dict,
@@ -43,6 +46,14 @@ COMPUTE = {"bf16": torch.bfloat16, "fp16": torch.float16}  # by the name of Acce
 # How long a rank waits for another. One whose episodes are long may sample for an hour while the others wait, and NCCL
 # would give up after ten minutes. When a rank dies, the launcher ends the others at once.
 PATIENCE = timedelta(hours=4)
+# What the file .metadata of a sharded checkpoint is made of, and data types.
+METADATA = {
+    *(f"torch.distributed.checkpoint.metadata.{name}" for name in ("Metadata", "MetadataIndex", "StorageMeta")),
+    *(f"torch.distributed.checkpoint.metadata.{kind}StorageMetadata" for kind in ("Tensor", "Bytes", "Chunk")),
+    *(f"torch.distributed.checkpoint.metadata.{name}" for name in ("TensorProperties", "_MEM_FORMAT_ENCODING")),
+    *("torch.distributed.checkpoint.filesystem._StorageInfo", "torch.serialization._get_layout", "torch.Size"),
+    *("pathlib.PosixPath", "pathlib._local.PosixPath"),
+}
 
 # ------------------------------------------------------------------------------------------------------------- start
 
@@ -212,11 +223,48 @@ def save_shards(folder: Path, model: nn.Module, optimizer: AcceleratedOptimizer)
     return folder
 
 
-def load_shards(folder: Path, model: nn.Module, optimizer: AcceleratedOptimizer) -> None:
-    """Restore what `save_shards` wrote, in place, on as many ranks as there were or on another number."""
-    state = _state(model, optimizer)
-    dcp.load(state, checkpoint_id=folder)
+def load_shards(folder: Path, model: nn.Module, optimizer: AcceleratedOptimizer) -> bool:
+    """Restore what `save_shards` wrote, in place, on as many ranks as there were or on another number.
+
+    Returns False, and reads nothing, if the model is not sharded.  Raises UnpicklingError for shards that would run
+    code.
+    """
+    if not isinstance(model, FSDPModule):
+        return False
+    state, reader = _state(model, optimizer), _ShardReader(folder)
+    reader.read_metadata()  # dcp.load would hide its error in another
+    dcp.load(state, storage_reader=reader, planner=_ShardPlanner())
     set_state_dict(model, optimizer.optimizer, model_state_dict=state["model"], optim_state_dict=state["optimizer"])
+    return True
+
+
+class _ShardReader(dcp.FileSystemReader):
+    """PyTorch's reader unpickles .metadata, which can run any code. This one builds the classes of METADATA only."""
+
+    def read_metadata(self, *args, **kwargs) -> dcp.Metadata:
+        with (self.path / ".metadata").open("rb") as file:
+            metadata = _MetadataUnpickler(file).load()
+        metadata.storage_meta.load_id = self.load_id
+        return metadata
+
+
+class _MetadataUnpickler(pickle.Unpickler):
+    def find_class(self, module: str, name: str) -> type:
+        if f"{module}.{name}" not in METADATA and not (
+            module == "torch" and isinstance(vars(torch).get(name), torch.dtype)
+        ):
+            raise pickle.UnpicklingError(f".metadata names {module}.{name}, which is no part of a checkpoint")
+        return super().find_class(module, name)
+
+
+class _ShardPlanner(DefaultLoadPlanner):
+    """PyTorch's planner unpickles what is not a tensor. Here it gets a copy of what `weights_only` could read."""
+
+    def load_bytes(self, read_item, value: io.BytesIO) -> None:
+        copy = io.BytesIO()
+        torch.save(torch.load(value, weights_only=True), copy)
+        copy.seek(0)
+        super().load_bytes(read_item, copy)
 
 
 def _state(model: nn.Module, optimizer: AcceleratedOptimizer) -> dict[str, dict]:

@@ -97,9 +97,11 @@ def make_trainer(
     numbers = range(config.iterations * config.tasks_per_iteration)
     seeds = [train_task(config.env, None, config.seed, number).seed for number in numbers]
     return trainer(
-        model=AutoModelForCausalLM.from_pretrained(policy, dtype=torch.float32),
+        model=AutoModelForCausalLM.from_pretrained(policy, dtype=torch.float32, trust_remote_code=False),
         # TRL calls parse_response only if there is a response_template.
-        processing_class=ReActTokenizer.from_pretrained(policy, chat_template=CHAT_TEMPLATE, response_template="ReAct"),
+        processing_class=ReActTokenizer.from_pretrained(
+            policy, chat_template=CHAT_TEMPLATE, response_template="ReAct", trust_remote_code=False
+        ),
         args=trainer_arguments(config, micro_batch_size),
         train_dataset=Dataset.from_list([{"prompt": prompt, "seed": seed} for seed in seeds]),
         environment_factory=lambda: AgentEnv(make_env(), config.max_tokens),

@@ -32,7 +32,7 @@ from transformers.hf_argparser import HfArg
 
 from config import TrainConfig, parse_config
 from empg import Modulation, aggregate, loss_normalizer, step_entropy
-from engine.checkpoint import checkpoint_path
+from engine.checkpoint import checkpoint_path, world_settings
 from engine.record import modulated, revision
 from engine.scorer import make_scorable
 from envs import Env
@@ -69,6 +69,7 @@ class CreditConfig:
     continuations: int = HfArg(default=8, help="plays on from before every step; an even number, for two halves")
     resamples: int = HfArg(default=1000, help="resamples of the bootstrap over groups")
     results: str = HfArg(default="", help="file of the rows; default: docs/results/credit.jsonl")
+    env_args: list[str] = HfArg(default_factory=list, help="sources of the run's world, such as data=FOLDER")
 
     def __post_init__(self):
         if self.continuations < 2 or self.continuations % 2:
@@ -297,8 +298,8 @@ def command_of(credit: CreditConfig) -> str:
     """The command that makes the row again. The file of the rows is left out, since it is a place on one machine."""
     plain = asdict(CreditConfig(run="", checkpoint=0)) | {"run": None, "checkpoint": None}
     own = {name: value for name, value in asdict(credit).items() if name != "results" and value != plain[name]}
-    words = [word for name, value in own.items() for word in (f"--{name}", str(value))]
-    return shlex.join(["python", "-m", "paper.credit", *words])
+    words = [(f"--{name}", *(value if isinstance(value, list) else [str(value)])) for name, value in own.items()]
+    return shlex.join(["python", "-m", "paper.credit", *(word for flag in words for word in flag)])
 
 
 def main() -> None:
@@ -314,6 +315,7 @@ def run_credit(credit: CreditConfig) -> None:
     run, file = Path(credit.run), Path(credit.results or ROOT / "docs" / "results" / "credit.jsonl")
     saved = json.loads((run / "config.json").read_text())
     config = TrainConfig(**saved["config"])
+    config = replace(config, env_args=world_settings(run, config.env, config.env_args, credit.env_args))
     Accelerator(cpu=True)
     torch.set_num_threads(config.threads or torch.get_num_threads())
     folder = checkpoint_path(run, credit.checkpoint) if credit.checkpoint else run / "first_policy"

@@ -16,12 +16,12 @@ import transformers
 from accelerate import Accelerator
 from transformers.hf_argparser import HfArg
 
-from config import parse_config
+from config import TrainConfig, parse_config
 from engine.checkpoint import checkpoints
 from engine.record import revision
 from eval import evaluate, first_tasks, open_envs, parse_eval_config, summarize
 from paper.rows import RESULTS, Row, read_file
-from paper.study import TASKS, machine, rounded
+from paper.study import TASKS, WORLDS, machine, rounded
 from policy import load_policy
 
 FIRST = "first"  # in the place of a method: the warm start, which all methods of a seed share
@@ -45,7 +45,9 @@ def greedy_row(run: Path, first: bool) -> Row:
     """The first or final policy of a run, at temperature 0, on the first tasks of the world's first held-out split."""
     world, method, seed = run.parts[-3:]
     policy = str(run / "first_policy" if first else checkpoints(run)[-1])
-    config = parse_eval_config(["--policy", policy, "--temperature", "0", "--tasks", str(TASKS[world])])
+    sources = parse_config(TrainConfig, WORLDS[world].flags.split()).env_args
+    words = ["--policy", policy, "--temperature", "0", "--tasks", str(TASKS[world]), "--env_args", *sources]
+    config = parse_eval_config(words if sources else words[:-1])
     torch.set_num_threads(config.threads)
     envs = open_envs(config, config.batch_size, config.split)
     tasks = first_tasks(envs[0], config.env, *config.split, config.tasks)

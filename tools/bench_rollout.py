@@ -133,7 +133,7 @@ def random_policy(shape: dict, dtype: torch.dtype = torch.float32, device: torch
     config = Qwen2Config(**shape, max_position_embeddings=8192, pad_token_id=tokenizer.pad_token_id)
     torch.manual_seed(0)
     with torch.device(device):
-        return Policy(AutoModelForCausalLM.from_config(config, dtype=dtype), tokenizer)
+        return Policy(AutoModelForCausalLM.from_config(config, dtype=dtype, trust_remote_code=False), tokenizer)
 
 
 def measure_sampler(load: Load, policy: Policy, repeats: int) -> Iterator[dict[str, float]]:

@@ -44,7 +44,7 @@ class Shape:
 def shape_of(config: PretrainedConfig) -> Shape:
     """The sizes of the model that a transformers configuration describes."""
     with torch.device("meta"):
-        model = AutoModelForCausalLM.from_config(config)
+        model = AutoModelForCausalLM.from_config(config, trust_remote_code=False)
     head = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
     return Shape(
         parameters=_parameters(model),

@@ -8,6 +8,7 @@ Not covered: threads. The planner is a C++ library with global state, and each `
 engines can take turns in one process. Two engines must not step at the same time.
 """
 
+import ast
 import copy
 import functools
 import sys
@@ -21,6 +22,7 @@ try:
     from alfworld.agents.environment.alfred_tw_env import AlfredDemangler
     from textworld.envs import PddlEnv
     from textworld.envs.pddl import logic, textgen
+    from textworld.generator.game import EntityInfo
     from textworld.logic import Rule
 except ImportError as error:
     raise ImportError(f"ALFWorld's engine is not installed ({error}); run: {INSTALL}") from error
@@ -51,6 +53,8 @@ class Engine:
             if game != self._loaded:
                 self._loaded = None
                 self._env.load(game)
+                for action in self._env.unwrapped._logic.actions.values():  # the rules are checked by now
+                    textgen._parse_and_convert(action.template + action.feedback_rule, rule_name="symbols")
                 self._loaded = game
             self._state = self._env.reset()
         except (Exception, SystemExit) as error:  # the translator calls sys.exit for a bad goal
@@ -94,6 +98,55 @@ class Engine:
         return plan
 
 
+@functools.lru_cache(GAMES_KEPT)
+def parse_expression(text: str) -> ast.expr:
+    """The expression of a grammar: names, `o.name` and the like, texts, `+`, `or`. Raises EngineError for others."""
+    try:
+        expression = ast.parse(text.strip(), mode="eval").body
+    except (SyntaxError, ValueError, RecursionError, MemoryError) as error:
+        raise EngineError(f"the grammar's expression {text!r} cannot be read") from error
+    for node in ast.walk(expression):
+        match node:
+            case ast.Name() | ast.Load() | ast.Add() | ast.Or() | ast.BoolOp(op=ast.Or()) | ast.BinOp(op=ast.Add()):
+                pass
+            case ast.Constant(value=str()):
+                pass
+            case ast.Attribute(value=ast.Name(), attr=name) if name in EntityInfo.__slots__:
+                pass
+            case _:
+                raise EngineError(f"the grammar's expression {text!r} is none of those that ALFWorld's games have")
+    return expression
+
+
+def evaluate(node: ast.expr, variables: dict[str, EntityInfo]) -> EntityInfo | str | None:
+    """The value of an expression that `parse_expression` has read."""
+    match node:
+        case ast.Constant(value=text):
+            return text
+        case ast.Name(id=name):
+            return variables[name]
+        case ast.Attribute(value=thing, attr=name):
+            return getattr(evaluate(thing, variables), name)
+        case ast.BinOp(left=left, right=right):
+            return evaluate(left, variables) + evaluate(right, variables)
+        case ast.BoolOp(values=[*others, last]):
+            return next(filter(None, (evaluate(other, variables) for other in others)), None) or evaluate(
+                last, variables
+            )
+
+
+class Expression(textgen.EvalSymbol):
+    """An expression in a game's grammar. textworld calls Python's eval with it, so a game could run any code."""
+
+    def __init__(self, expression: str, *context: dict):
+        super().__init__(expression, *context)
+        parse_expression(expression)  # a game is refused when it is loaded
+
+    def derive(self, context: dict | None = None) -> list:
+        variables = (context or self.context)["variables"]
+        return [textgen.TerminalSymbol(evaluate(parse_expression(self.expression), variables))]
+
+
 @functools.cache  # the patches are applied once per process
 def speed_up() -> None:
     """Patch textworld so that it caches what it parses and translates. All of these are pure functions of a text."""
@@ -111,12 +164,7 @@ def speed_up() -> None:
         "mapping": dict(context["mapping"]),
     }
 
-    def derive(symbol, context: dict | None = None) -> list:
-        """As in textworld, but it also runs on Python 3.13: textworld passes eval its variables as locals()."""
-        variables = (context or symbol.context)["variables"]
-        return [textgen.TerminalSymbol(eval(symbol.expression, {}, dict(variables)))]
-
-    textgen.EvalSymbol.derive = derive
+    textgen.EvalSymbol = Expression
 
     # Loading a game translates it twice: once to play and once to plan. Every reset does so again.
     translate = functools.lru_cache(2 * GAMES_KEPT)(fast_downward.pddl2sas)

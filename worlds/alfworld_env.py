@@ -157,8 +157,8 @@ def put_template(path: Path) -> str:
     All games of a data folder use the same one. Raises ValueError for a broken file.
     """
     found = re.search(r'action PutObject \{\s*template :: "(.*?)"', _json(path, grammar=str)["grammar"])
-    if found is None:
-        raise ValueError(f"{path} is broken: its grammar has no PutObject")
+    if found is None or re.search("[{}]", re.sub(r"\{[or]\}", "", found[1])):
+        raise ValueError(f"{path} is broken: its grammar has no PutObject with the names {{o}} and {{r}}")
     return found[1]
 
 

@@ -268,6 +268,67 @@ def test_a_game_that_the_engine_cannot_read_is_named(alfworld_data, tmp_path, ke
     assert actions_of(env, "train", 1)
 
 
+@pytest.mark.parametrize("expression", [
+    "open('FILE', 'w').close()",
+    "r.name.join(map(open, ('FILE',), 'w'))",
+    "r.name + str(open('FILE', 'w').close())",
+    "r.__class__",
+    "(lambda: r.name)()",
+])  # fmt: skip
+@pytest.mark.parametrize(("old", "new"), [
+    ("You close the {r.name}", "You close the {%s}"),
+    ("[{o.indefinite + ' ' + o.name |", "[{%s |"),
+    ("-= Welcome", "{%s}"),
+    ("open {r}", "open {%s}"),
+    ('feedback :: "#OpenObject.feedback#"', 'feedback :: "{%s}"'),
+])  # fmt: skip
+def test_a_games_grammar_runs_nothing(alfworld_data, tmp_path, old, new, expression):
+    """textworld calls eval with every {...} in a grammar."""
+    shutil.copytree(alfworld_data, tmp_path, dirs_exist_ok=True)
+    env, file = AlfWorld(AlfWorldConfig(data=str(tmp_path))), tmp_path / "left_by_payload"
+    env.reset("train", 0)
+    path, game = Path(env.game.path), stored(env)
+    assert old in game["grammar"]
+    grammar = game["grammar"].replace(old, new % expression.replace("FILE", str(file)))
+    path.write_text(json.dumps(game | {"grammar": grammar}))
+    env.reset("train", 1)
+    with pytest.raises(ValueError, match=f"{path.name} is broken: EngineError: the grammar's expression .+$"):
+        env.reset("train", 0)
+    assert not file.exists()
+    assert actions_of(env, "train", 1)
+
+
+def test_the_expressions_of_a_grammar_have_their_values():
+    pytest.importorskip("textworld", reason=ALFWORLD_INSTALL)
+    from textworld.generator.game import EntityInfo
+
+    from worlds.alfworld_engine import EngineError, evaluate, parse_expression
+
+    thing, nameless = EntityInfo("o", "object"), EntityInfo("p", "object")
+    thing.name, thing.indefinite, nameless.name = "apple 1", "a", ""
+    variables = {"o": thing, "p": nameless}
+    for text in (
+        "o",
+        "o.name",
+        "o.indefinite + ' ' + o.name ",
+        " p.name or p.id",
+        "p.name or o.name or p.id",
+        "p.name",
+    ):
+        assert evaluate(parse_expression(text), variables) == eval(text.strip(), {}, variables)
+    for text in ("", "o.", "1", "o.name * 9", "o.name and o.id", "o()", "o.name.id", "o['name']", "f'{o}'", "(o := p)"):
+        with pytest.raises(EngineError):
+            parse_expression(text)
+
+
+def test_a_verb_is_text_with_two_names(alfworld_data, tmp_path):
+    shutil.copytree(alfworld_data, tmp_path, dirs_exist_ok=True)
+    for path in tmp_path.rglob("game.tw-pddl"):
+        path.write_text(path.read_text().replace("move {o} to {r}", "move {o.__class__} to {r:999999999}"))
+    with pytest.raises(ValueError, match="is broken: its grammar has no PutObject"):
+        AlfWorld(AlfWorldConfig(data=str(tmp_path)))
+
+
 def test_older_games_have_their_own_verb(alfworld_data, tmp_path):
     """Published games say `put X in/on Y` where newer ones say `move X to Y`."""
     shutil.copytree(alfworld_data, tmp_path, dirs_exist_ok=True)
