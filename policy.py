@@ -22,8 +22,6 @@ from tokenizers import Tokenizer
 from transformers import AutoConfig, AutoModelForCausalLM, DynamicCache, PretrainedConfig, PreTrainedTokenizerFast
 from transformers.cache_utils import DynamicLayer
 
-# Implementations of attention and experts that are part of transformers and torch. Others may be fetched from the hub.
-PLAIN = (None, "eager", "sdpa", "batched_mm", "grouped_mm")
 # A dialogue is a list of texts: instructions, first observation, then response and observation in turns.
 Dialogue = list[str]
 
@@ -126,6 +124,9 @@ def _without_added_tokens(tokenizer: PreTrainedTokenizerFast) -> Tokenizer:
 
 
 # ---------------------------------------------------------------------------------------------------------- loading
+
+# Implementations of attention and experts that are part of transformers and torch. Others may be fetched from the hub.
+PLAIN = (None, "eager", "sdpa", "batched_mm", "grouped_mm")
 
 
 def load_policy(path: str, dtype: torch.dtype = torch.float32) -> Policy:
