@@ -8,5 +8,5 @@ write train 500 && write valid_seen 300 && write valid_unseen 300
 world="--env alfworld --env_args max_steps=20 data=$games"
 accelerate launch train.py $world --max_step_tokens 48 --max_tokens 3000 --out $out --iterations 120 --mini_batches 1 --demonstrations 5000 --slip 0.2 \
     --eval_split valid_unseen --eval_every 40 --checkpoint_every 20 "$@"
-python eval.py --compare $out/first_policy $out/checkpoint-000120 --split valid_seen valid_unseen --tasks 300 \
+python eval.py --compare $out/first_policy $out/checkpoint-000120 --env_args data=$games --split valid_seen valid_unseen --tasks 300 \
     --json $out/compared.json --episodes $out/compared.jsonl

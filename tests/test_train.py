@@ -90,8 +90,8 @@ def test_the_command_of_the_readme_runs_on_the_house(tmp_path):
 def test_every_world_is_trained_in_and_a_checkpoint_is_evaluated_as_in_training(name, run, evaluate, request):
     """62.5 % in training was 31.3 % by eval.py: other limits, and a random stream that depended on one of them."""
     flags = {"env_args": ["max_steps=3"], "demonstrations": 24, "max_tokens": 2000, "temperature": 0.8, "seed": 3}
-    if name == "alfworld":
-        flags["env_args"] += [f"data={request.getfixturevalue('alfworld_data')}"]
+    sources = [f"data={request.getfixturevalue('alfworld_data')}"] if name == "alfworld" else []
+    flags["env_args"] += sources
     out = run(name, env=name, iterations=1, tasks_per_iteration=1, group_size=2, eval_tasks=2, eval_every=1, **flags)
     before, after = rows(out)
     assert before["eval/episodes"] == after["eval/episodes"] == 2
@@ -100,7 +100,7 @@ def test_every_world_is_trained_in_and_a_checkpoint_is_evaluated_as_in_training(
     reported = {"webshop": {"eval/score"}, "search": {"eval/f1"}}.get(name, set())
     assert {key for key in after if key in ("eval/score", "eval/f1")} == reported
     for row, player in ((after, checkpoints(out)[-1]), (before, out / "first_policy")):
-        (result,) = evaluate("--policy", str(player)).values()
+        (result,) = evaluate("--policy", str(player), *(["--env_args", *sources] if sources else [])).values()
         assert eval_metrics(result).items() <= row.items()
 
 
