@@ -226,8 +226,7 @@ def save_shards(folder: Path, model: nn.Module, optimizer: AcceleratedOptimizer)
 def load_shards(folder: Path, model: nn.Module, optimizer: AcceleratedOptimizer) -> bool:
     """Restore what `save_shards` wrote, in place, on as many ranks as there were or on another number.
 
-    Returns False, and reads nothing, if the model is not sharded.  Raises UnpicklingError for shards that would run
-    code.
+    Returns False, and reads nothing, if the model is not sharded.  Raises UnpicklingError if they hold more than data.
     """
     if not isinstance(model, FSDPModule):
         return False
@@ -250,9 +249,8 @@ class _ShardReader(dcp.FileSystemReader):
 
 class _MetadataUnpickler(pickle.Unpickler):
     def find_class(self, module: str, name: str) -> type:
-        if f"{module}.{name}" not in METADATA and not (
-            module == "torch" and isinstance(vars(torch).get(name), torch.dtype)
-        ):
+        data_type = module == "torch" and isinstance(vars(torch).get(name), torch.dtype)
+        if not data_type and f"{module}.{name}" not in METADATA:
             raise pickle.UnpicklingError(f".metadata names {module}.{name}, which is no part of a checkpoint")
         return super().find_class(module, name)
 

@@ -58,7 +58,7 @@ def run_folder(folder: Path, **config) -> Path:
 
 SOURCES = {
     "webshop_root": "webshop",
-    "data": "webshop",
+    "data": "webshop",  # and in ALFWorld
     "questions": "search",
     "corpus": "search",
     "retriever": "search",

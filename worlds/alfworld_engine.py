@@ -129,10 +129,11 @@ def evaluate(node: ast.expr, variables: dict[str, EntityInfo]) -> EntityInfo | s
             return getattr(evaluate(thing, variables), name)
         case ast.BinOp(left=left, right=right):
             return evaluate(left, variables) + evaluate(right, variables)
-        case ast.BoolOp(values=[*others, last]):
-            return next(filter(None, (evaluate(other, variables) for other in others)), None) or evaluate(
-                last, variables
-            )
+        case ast.BoolOp(values=values):
+            for value in (evaluate(part, variables) for part in values):
+                if value:
+                    break
+            return value
 
 
 class Expression(textgen.EvalSymbol):
