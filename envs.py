@@ -8,6 +8,7 @@ This file imports every world. A world imports its large packages only where it 
 """
 
 import random
+import re
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, fields
 from typing import Any, Protocol
@@ -16,7 +17,10 @@ from worlds import alfworld_env, coin, house, search, shop, webshop
 
 
 class Env(Protocol):
-    """A world that plays one task at a time. One environment plays many tasks, a `reset` before each."""
+    """A world that plays one task at a time. One environment plays many tasks, a `reset` before each.
+
+    The case of an action does not matter.
+    """
 
     instructions: str  # the system turn of the prompt
 
@@ -111,18 +115,35 @@ def _world(name: str) -> World:
 # -------------------------------------------------------------------------------------------------- the ReAct text
 
 
-def parse_response(text: str) -> tuple[str, str]:
-    """(thought, action) of a response. The last `Action:` counts; the action is "" if there is none.
+# What counts as an action is the same for every world and every policy:
+# - The first line that begins with `Action:` counts. What a model plays on by itself after that line is ignored.
+# - A line with `Action:` alone takes its action from the next line, and that line may begin with `Action:` again.
+# - A <think> block belongs to the thought, so an `Action:` in it does not count.
+# - Forgiven: the case of the word, a full-width colon, bold, backticks, a fence, quotes
+#   around the action, a full stop after it. Nothing else is changed. Every world ignores the action's case by itself.
+# - A response that was cut off has no action: "go to drawer 1" may be the start of "go to drawer 10".
+ACTION = re.compile(
+    r"""(?: ^ | (?<=</think>) ) (?: [ \t*`]* action [ \t*`]* [:\uff1a] [\s*]* )+
+    (?: ```\w*\n )? [\s*`]* (?P<line> .* )""",
+    re.IGNORECASE | re.MULTILINE | re.VERBOSE,
+)
+THOUGHT = re.compile(r"\A[\s*`]*thought[\s*`]*[:\uff1a]\**", re.IGNORECASE)
+AFTER = " \t\r*`.\u3002"  # what may follow an action on its line
+QUOTES = {'"': '"', "'": "'", "\u201c": "\u201d", "\u2018": "\u2019"}
 
-    >>> parse_response("Thought: it is closed.\\nAction: open drawer 1")
+
+def parse_response(text: str, ended: bool = True) -> tuple[str, str]:
+    """(thought, action) of a response. The action is "" if there is none. ended: False if the response was cut off.
+
+    >>> parse_response("Thought: it is closed.\\nAction: open drawer 1\\nObservation: it is open.\\nAction: look")
     ('it is closed.', 'open drawer 1')
-    >>> parse_response("open drawer 1")
-    ('open drawer 1', '')
     """
-    thought, found, action = text.rpartition("Action:")
-    if not found:
-        thought, action = text, ""
-    return thought.strip().removeprefix("Thought:").strip(), action.partition("\n")[0].strip()
+    found = ACTION.search(text, max(0, text.find("</think>")))
+    thought = text[: found.start()] if found else text
+    action = found["line"].rstrip(AFTER) if found and ended else ""
+    if QUOTES.get(action[:1]) == action[-1:]:
+        action = action[1:-1].rstrip(AFTER)
+    return THOUGHT.sub("", thought).strip(), action
 
 
 def format_response(thought: str, action: str) -> str:

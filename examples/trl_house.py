@@ -45,8 +45,9 @@ class ReActTokenizer(PreTrainedTokenizerFast):
     """The tiny model's tokenizer. It reads every response as a call of the tool `act` with the text after `Action:`."""
 
     def parse_response(self, ids: list[int], **_) -> dict:
-        text = self.decode(ids, skip_special_tokens=True)
-        call = {"name": "act", "arguments": {"action": parse_response(text)[1]}}
+        ended = ids[-1:] == [self.eos_token_id]
+        text = self.decode(ids[:-1] if ended else ids)
+        call = {"name": "act", "arguments": {"action": parse_response(text, ended)[1]}}
         return {"role": "assistant", "content": text, "tool_calls": [{"type": "function", "function": call}]}
 
 

@@ -341,20 +341,69 @@ def test_a_bad_setting_is_named(name, wrong, message):
     ("text", "thought", "action"),
     [
         ("Thought: it is shut.\nAction: open drawer 1", "it is shut.", "open drawer 1"),
-        ("Thought: a\nAction: look\nThought: b\nAction: inventory", "a\nAction: look\nThought: b", "inventory"),
+        ("Thought: a\nAction: look\nThought: b\nAction: inventory", "a", "look"),
+        ("Thought: a\nAction: go to A\nObservation: ...\nThought: b\nAction: open A", "a", "go to A"),
+        ("<think>no\nAction: open A</think>Action: look", "<think>no\nAction: open A</think>", "look"),
+        (
+            "<think>Action: open A\n</think>\n\nThought: a\nAction: look\n<think>b</think>Action: go",
+            "<think>Action: open A\n</think>\n\nThought: a",
+            "look",
+        ),
+        ("Thought: one action: look\nAction: go", "one action: look", "go"),
         ("Action: look", "", "look"),
         ("Thought: hm.\nAction: look\nand then\nmore", "hm.", "look"),
-        ("Thought: hm.\nAction:\nlook", "hm.", ""),
+        ("Thought: hm.\nAction:\nlook", "hm.", "look"),
+        ("Thought: hm. Action: look", "hm. Action: look", ""),
         ("  Thought:  hm.  \n Action:   look  \n", "hm.", "look"),
         ("hm.\nAction:look", "hm.", "look"),
         ("open drawer 1", "open drawer 1", ""),
-        ("Thought: hm.\naction: look", "hm.\naction: look", ""),
+        ("I thought: hm.\nAction: look", "I thought: hm.", "look"),
+        ("Thought: hm.\nActions: look", "hm.\nActions: look", ""),
+        ("Thought: hm.\nAction:\n \n", "hm.", ""),
+        ("Thought: hm.\nAction:\nAction: look\nAction: go", "hm.", "look"),
         ("Thought:", "", ""),
         ("\n", "", ""),
     ],
 )
-def test_the_last_action_line_counts(text, thought, action):
+def test_the_first_action_line_counts(text, thought, action):
     assert parse_response(text) == (thought, action)
+    assert parse_response(text, ended=False) == (thought, "")
+
+
+# How a model may write an action, see the comment at envs.ACTION.
+FORMS = [
+    *("action: {}", "ACTION : {}", "Action:{}", "Action\uff1a{}", "Action:\n{}", "Action:\n\n  {}", "Action: {}\r\n"),
+    *("**Action:** {}", "**Action**: {}", "**Action: {}**", "Action: **{}**", "Action: `{}`", "`Action: {}`"),
+    *("Action:\n```\n{}\n```", "Action:\n```text\n{}\n```\n", "Action: ```{}```", "Action: {}.", "Action: {}\u3002"),
+    *('Action: "{}"', 'Action: "{}".', 'Action: "{}."', "Action: '{}'", "Action: \u201c{}\u201d"),
+    "Action: {}\nObservation: Nothing.\nAction: no",
+]
+
+
+@pytest.mark.parametrize("form", FORMS)
+@pytest.mark.parametrize("action", ["go to drawer 1", "search[a: b's c.]", "click[< prev]", 'say "no"'])
+def test_an_action_may_be_written_in_these_forms(form, action):
+    for start in ("", "Thought: a\n", "**Thought:** a\n\n", "```\nThought: a\n"):
+        assert parse_response(start + form.format(action)) == ("a" if start else "", action)
+
+
+def test_every_world_takes_an_action_in_every_form(place, build):
+    """Deep Search ignored case, the House did not; no world understood a line break after the colon."""
+    env, outcomes = build(), set()
+    env.reset(place[1], 0)
+    action = env.oracle()[1]
+    for written in (action, action[0].upper() + action[1:], action.upper()):
+        for form in ("Action: {}", *FORMS):
+            env.reset(place[1], 0)
+            _, *outcome, info = env.step(parse_response(form.format(written))[1])
+            assert info["valid"], form
+            outcomes.add(repr((outcome, info, len(env.admissible()))))
+    assert len(outcomes) == 1
+
+
+def test_every_world_takes_its_own_actions_as_they_are_written(played):
+    for event in (event for each in played.values() for events in each for event in events[1:]):
+        assert parse_response(format_response("a", event[0])) == ("a", event[0])
 
 
 @pytest.mark.parametrize("thought", ["", "it is shut.", "first this,\nthen that"])

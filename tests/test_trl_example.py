@@ -70,7 +70,7 @@ def rows_of(inputs: dict) -> list[tuple]:
 
 
 class ScoredEnv(trl_house.AgentEnv):
-    """The policy of the tests never succeeds, so the length of its actions is rewarded. Episodes take 2, 3, 2, 3 steps.
+    """The policy of the tests never succeeds, so each environment has its own reward. Episodes take 2, 3, 2, 3 steps.
 
     Step counts that differ within a group give the advantages a mean over steps that is not 0.
     """
@@ -80,19 +80,10 @@ class ScoredEnv(trl_house.AgentEnv):
     def __init__(self, env, max_completion_length):
         super().__init__(env, max_completion_length)
         env.config = HouseConfig(max_steps=steps_of(ScoredEnv.made))
-        ScoredEnv.made, self.letters = ScoredEnv.made + 1, 0
-
-    def act(self, action: str) -> str:
-        """Do one action.
-
-        Args:
-            action: What to do.
-        """
-        self.letters += len(action)
-        return super().act(action)
+        ScoredEnv.made, self.number = ScoredEnv.made + 1, ScoredEnv.made
 
     def get_reward(self):
-        return self.letters % 7 / 7
+        return self.number % 3 / 3
 
 
 def play(folder: str, strength: dict) -> Recorder:
@@ -138,7 +129,7 @@ def episode_of(reached: dict, policy: Policy) -> Episode:
     while not done:
         start, end = end, next((j for j in range(end, length) if not sampled[j]), length)
         episode.append_sampled(ids[start:end], [0.0] * (end - start), entropy[start:end])
-        action = parse_response(policy.decode(ids[start:end]))[1]
+        action = parse_response(*policy.read(ids[start:end]))[1]
         observation, _, terminated, truncated, _ = env.step(action)
         episode.steps.append(Step("", action, observation, True, start, end))
         done = terminated or truncated

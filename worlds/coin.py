@@ -34,6 +34,7 @@ class Coin:
 
     def step(self, action: str) -> tuple[str, float, bool, bool, dict]:
         self.steps += 1
+        action = action.lower()
         valid = action in ("left", "right")
         self.said += [action] if valid else []
         terminated = valid and len(self.said) == (2 if self.said[0] == "left" else 3)
