@@ -6,7 +6,11 @@ environment says is encoded without any added token, special or not, so no obser
 
 Decisions about templates:
 - A template that rewrites earlier turns is refused, because ids could not be append-only.
+- The ids of the parts must be the ids of the template's whole rendering. This is checked on a dialogue of many turns.
 - Some templates (Llama-3.1) trim every text. So texts are stripped here before they are encoded.
+- Some generation prompts (Zephyr, TinyLlama) end before the line break that stands before a response. The policy
+  samples that line break.
+- Some templates (Llama-3.2) write today's date. Here it is always `DATE`, so that a run is the same on every day.
 - Qwen3's template writes an empty <think> block into the last response and drops the blocks of earlier ones. Here
   nothing is inserted: a block that the policy samples stays in the conversation, and one that it does not is not there.
 
@@ -14,6 +18,9 @@ Not covered: ZeRO-3; models with sliding-window or linear attention, which are r
 """
 
 import json
+import re
+from collections.abc import Iterator, Set
+from datetime import datetime
 from pathlib import Path
 
 import torch
@@ -25,6 +32,13 @@ from transformers.cache_utils import DynamicLayer
 # A dialogue is a list of texts: instructions, first observation, then response and observation in turns.
 Dialogue = list[str]
 
+DATE = datetime(2026, 1, 1)
+CLOCK = re.compile(r"""strftime_now\(\s*(["'])(.*?)\1\s*\)""")  # as a template calls it
+CLOCK_LEFT = re.compile(r"strftime_now(?!\s+is\s)")  # "strftime_now is defined" asks, and reads no clock
+NEVER = "\uffff"  # no character; a text that holds it all the same loses it
+PROBE_TURNS = 60  # responses of the dialogue that a template is checked on; longer than most episodes
+PROBE_ENDS = ("look", "Open drawer 1.", "search[a: b]", '"No?"')  # a last letter may merge with what follows it
+
 
 class PolicyError(SystemExit):
     """The policy cannot be used. Ends the program with its message, one line, unless it is caught."""
@@ -34,25 +48,30 @@ class Policy:
     """A causal LM and its tokenizer, with the turns of the chat template as token ids.
 
     model: any AutoModelForCausalLM.  tokenizer: its fast tokenizer, with a chat template; it needs no padding token.
-    Raises ValueError if there is no template, or if it does not leave earlier turns as they are, or if what it writes
-    after a response does not begin with an added token.
+    Raises ValueError if there is no template, if it does not leave earlier turns as they are, if what it writes after a
+    response does not begin with an added token, or if the tokenizer cannot write the template's ids part by part.
     """
 
     def __init__(self, model, tokenizer):
         self.model, self.tokenizer = model, tokenizer
-        self._plain = _without_added_tokens(tokenizer)
         if tokenizer.chat_template is None:
             raise ValueError("the tokenizer has no chat template; use an instruction-tuned model")
-        before_system, before_user, before_response, after_response = self._template_pieces()
-        self._before_system, self._before_user = (
-            self._encode_template(before_system),
-            self._encode_template(before_user),
+        tokenizer.clean_up_tokenization_spaces = False  # decoding would take blanks out of actions
+        tokenizer.chat_template = _with_fixed_date(tokenizer.chat_template)
+        texts = _probe()
+        *pieces, self._lead = self._template_pieces(texts)
+        self._before_system, self._before_user, self._before_response, after_response = map(
+            self._encode_template, pieces
         )
-        self._before_response = self._encode_template(before_response)
-        # The template closes the response with the stop token: the policy samples that one, the rest is inserted.
-        self.stop_id, *self._after_response = self._encode_template(after_response) or [None]
+        # The template closes the response with its stop token: the policy samples that one, the rest is inserted.
+        self.stop_id, *self._after_response = after_response or [None]
         if self.stop_id not in tokenizer.added_tokens_decoder:
             raise ValueError("the chat template ends a response without a stop token, so the policy could not end it")
+        # A response may also end with another token, as in `generate`. The template's own one is inserted after that.
+        ends = getattr(getattr(model, "generation_config", None), "eos_token_id", None)
+        ends = ends if isinstance(ends, list) else [] if ends is None else [ends]
+        self.stop_ids = tuple(dict.fromkeys([self.stop_id, *ends]))  # all tokens that end a response
+        self._choose_plain_tokenizer(texts)
 
     @property
     def device(self) -> torch.device:
@@ -65,35 +84,13 @@ class Policy:
 
     # ----------------------------------------------------------------------------------------- texts to token ids
 
-    def _template_pieces(self) -> list[str]:
-        """What the template writes before the system text, the first user text and the response, and after it."""
-        contents = ["(system)", "(observation)", "(response)", "(next observation)"]
-        roles = ["system", "user", "assistant", "user"]
-        messages = [{"role": role, "content": text} for role, text in zip(roles, contents, strict=True)]
-        rest, pieces = self._render(messages), []
-        for text in contents:
-            piece, found, rest = rest.partition(text)
-            pieces.append(piece)
-            if not found:
-                raise ValueError(f"the chat template drops the turn {text}")
-        prompt = pieces[0] + contents[0] + pieces[1] + contents[1] + pieces[2]
-        if prompt != self._render(messages[:2]) or rest != pieces[2]:
-            raise ValueError("the chat template rewrites earlier turns; ids could not be append-only")
-        return pieces
-
-    def _render(self, messages: list[dict]) -> str:
-        return self.tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
-
-    def _encode_template(self, text: str) -> list[int]:
-        return self.tokenizer(text, add_special_tokens=False)["input_ids"]
-
     def encode(self, texts: list[str]) -> list[list[int]]:
         """Ids of plain texts, stripped. The name of an added token in them is spelled out and never obeyed."""
-        stripped = [text.strip() for text in texts]
-        return [encoding.ids for encoding in self._plain.encode_batch(stripped, add_special_tokens=False)]
+        return [each.ids for each in self._plain.encode_batch([*map(str.strip, texts)], add_special_tokens=False)]
 
-    def decode(self, ids: list[int]) -> str:
-        return self.tokenizer.decode(ids, skip_special_tokens=True)
+    def read(self, response: list[int]) -> str:
+        """Text of a sampled response. Its stop token is left out by its id; any other special token is spelled out."""
+        return self.tokenizer.decode(response[:-1] if response[-1] in self.stop_ids else response)
 
     def prompt(self, instructions: str, observations: list[str]) -> list[list[int]]:
         """Ids up to the first sampled token: system turn, first observation, start of the response."""
@@ -106,7 +103,9 @@ class Policy:
 
     def dialogue(self, texts: Dialogue) -> tuple[list[int], list[bool]]:
         """Ids of a whole dialogue, and which of them a policy would have sampled (stop tokens included)."""
-        instructions, first, *rest = self.encode(texts)
+        parts = [text.strip() for text in texts]
+        parts[2::2] = [self._lead + text for text in parts[2::2]]
+        instructions, first, *rest = [e.ids for e in self._plain.encode_batch(parts, add_special_tokens=False)]
         ids = self._before_system + instructions + self._before_user + first + self._before_response
         sampled = [False] * len(ids)
         for position, part in enumerate(rest):
@@ -115,12 +114,126 @@ class Policy:
             ids, sampled = ids + new, sampled + [answer] * len(new)
         return ids, sampled
 
+    # ------------------------------------------------------------------------------- template and tokenizer, checked
 
-def _without_added_tokens(tokenizer: PreTrainedTokenizerFast) -> Tokenizer:
-    """The same tokenizer without the tokens that were added to it. `split_special_tokens` leaves out those that are not
-    marked as special, such as Qwen2.5's <tool_call>."""
+    def _template_pieces(self, texts: Dialogue) -> list[str]:
+        """What the template writes before the system text, the first user text and a response, and after a response;
+        last, what the policy has to write before its response's text."""
+        rest, pieces = self._render(texts), []
+        for text in texts:
+            piece, found, rest = rest.partition(text)
+            pieces.append(piece)
+            if not found:
+                raise ValueError(f"the chat template drops the turn {text!r}")
+        before_system, before_user, before_response, after_response = pieces[:4]
+        so_far = [piece + text for piece, text in zip(pieces, texts, strict=True)]
+        prompts_differ = any(
+            self._render(texts[:number]) != "".join(so_far[:number]) + rest for number in range(2, len(texts), 2)
+        )
+        if prompts_differ or len({*pieces[2::2]}) > 1 or len({*pieces[3::2]}) > 1:
+            raise ValueError("the chat template rewrites earlier turns; ids could not be append-only")
+        lead = before_response.removeprefix(rest)
+        if before_response != rest + lead or lead.strip():
+            raise ValueError(
+                f"the chat template asks for a response with {rest!r}, but writes {before_response!r} later"
+            )
+        return [before_system, before_user, rest, after_response, lead]
+
+    def _render(self, texts: Dialogue) -> str:
+        """The template's own rendering of a dialogue that ends with an observation, and of the start of a response."""
+        roles = ["system", *["user", "assistant"] * len(texts)]
+        messages = [{"role": role, "content": text} for role, text in zip(roles, texts, strict=False)]
+        return self.tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
+
+    def _encode_template(self, text: str) -> list[int]:
+        return self.tokenizer(text, add_special_tokens=False)["input_ids"]
+
+    def _choose_plain_tokenizer(self, texts: Dialogue) -> None:
+        """Set the tokenizer for plain texts, so that the parts have the ids of the template's whole rendering."""
+        whole = self._encode_template(self._render(texts))
+        for plain in _plain_tokenizers(self.tokenizer):
+            _require_plain(plain, self.tokenizer)
+            self._plain = plain
+            if self.dialogue(texts)[0] == whole:
+                return
+        raise ValueError("the tokenizer gives a text other ids by itself than within the chat template")
+
+
+def _probe() -> Dialogue:
+    """A dialogue in which no two texts are equal, with many turns."""
+    texts = ["(system)\nYou act."]
+    for turn in range(PROBE_TURNS):
+        end = PROBE_ENDS[turn % len(PROBE_ENDS)]
+        texts += [f"You see ({turn}).\n{end}", f"Thought: ({turn}) is it.\nAction: {end}"]
+    return [*texts, "(last)"]
+
+
+def _with_fixed_date(template: str | dict[str, str]) -> str | dict[str, str]:
+    """The template with DATE in the place of today's date. A tokenizer may have several templates by name."""
+    if isinstance(template, dict):
+        return {name: _with_fixed_date(text) for name, text in template.items()}
+    template = CLOCK.sub(lambda call: json.dumps(DATE.strftime(call[2])), template)
+    if CLOCK_LEFT.search(template):
+        raise ValueError("the chat template reads the clock in a way that cannot be replaced by a date")
+    return template
+
+
+def _plain_tokenizers(tokenizer: PreTrainedTokenizerFast) -> Iterator[Tokenizer]:
+    """The tokenizer without its added tokens; then the same without the space that it may put before a text.
+
+    Removing them from the list of added tokens is not enough, because a model's vocabulary may hold them, too. Byte
+    fallback, or a vocabulary with all bytes, then spells them out. (`split_special_tokens` would leave out those that
+    are not marked as special, such as Qwen2.5's <tool_call>.)
+    """
     definition = json.loads(tokenizer.backend_tokenizer.to_str())
-    return Tokenizer.from_str(json.dumps(definition | {"added_tokens": [], "padding": None, "truncation": None}))
+    definition |= {"added_tokens": [], "padding": None, "truncation": None}
+    definition["model"] = _without_added_pieces(definition["model"], tokenizer.added_tokens_decoder.keys())
+    if isinstance(definition["model"]["vocab"], list):
+        never = {"type": "Replace", "pattern": {"String": NEVER}, "content": "\ufffd"}
+        own = [definition["normalizer"]] if definition["normalizer"] else []
+        definition["normalizer"] = {"type": "Sequence", "normalizers": [never, *own]}
+    yield Tokenizer.from_str(json.dumps(definition))
+    definition |= {key: _without_space(definition[key]) for key in ("normalizer", "pre_tokenizer")}
+    yield Tokenizer.from_str(json.dumps(definition))
+
+
+def _without_added_pieces(model: dict, added: Set[int]) -> dict:
+    """A tokenizer's model, as JSON, that can no longer write the ids `added`.
+
+    In a Unigram model an id is a position. There such a piece gets a name that no text has.
+    """
+    if isinstance(model["vocab"], list):
+        pieces = [f"{NEVER}{i}" if i in added else piece for i, (piece, _) in enumerate(model["vocab"])]
+        return model | {"vocab": [(piece, score) for piece, (_, score) in zip(pieces, model["vocab"], strict=True)]}
+    vocab = {piece: i for piece, i in model["vocab"].items() if i not in added}
+    if "merges" not in model or len(vocab) == len(model["vocab"]):
+        return model | {"vocab": vocab}
+    prefix = len(model["continuing_subword_prefix"] or "")
+    merges = [(a, b) for a, b in model["merges"] if a in vocab and b in vocab and a + b[prefix:] in vocab]
+    return model | {"vocab": vocab, "merges": merges}
+
+
+def _without_space(part: dict | None) -> dict | None:
+    """A normalizer or pre-tokenizer, as JSON, that puts no space before a text."""
+    if part is None or part["type"] == "Prepend":
+        return None
+    never = {"prepend_scheme": "never", "add_prefix_space": False}
+    changed = {key: never[key] for key in part.keys() & never.keys()}
+    for key in part.keys() & {"normalizers", "pretokenizers"}:
+        changed[key] = [kept for kept in map(_without_space, part[key]) if kept]
+    return part | changed
+
+
+def _require_plain(plain: Tokenizer, tokenizer: PreTrainedTokenizerFast) -> None:
+    """Raises ValueError if some character has the id of an added token, such as <unk>, or none at all."""
+    codes = [*range(0x800), *range(0x800, 0xD800, 61), *range(0xE000, 0x110000, 4001)]  # every first byte of UTF-8
+    texts = ["".join(map(chr, codes[start : start + 64])) for start in range(0, len(codes), 64)]
+    try:
+        ids = {i for encoding in plain.encode_batch(texts, add_special_tokens=False) for i in encoding.ids}
+    except Exception as error:  # tokenizers knows no other class
+        raise ValueError(f"the tokenizer has no ids for some texts: {error}") from error
+    if found := ids & tokenizer.added_tokens_decoder.keys():
+        raise ValueError(f"the tokenizer writes {tokenizer.decode(min(found))} for texts that it does not know")
 
 
 # ---------------------------------------------------------------------------------------------------------- loading

@@ -107,17 +107,15 @@ def play_on(
     while live:
         numbers = [uniform[i, len(episodes[i].ids) :][:max_step_tokens] for i in live]
         responses = sampler.respond([episodes[i].ids for i in live], torch.from_numpy(np.stack(numbers)))
-        texts = policy.tokenizer.batch_decode([response.ids for response in responses], skip_special_tokens=True)
-        for i, response, text in zip(live, responses, texts, strict=True):
+        for i, response in zip(live, responses, strict=True):
             episodes[i].append_sampled(*response)
-            _act(episodes[i], envs[i], *parse_response(text), tokens=len(response.ids))
+            _act(episodes[i], envs[i], *parse_response(policy.read(response.ids)), tokens=len(response.ids))
         observations = policy.between([episodes[i].steps[-1].observation for i in live])
         for episode, ids in zip((episodes[i] for i in live), observations, strict=True):
-            stopped = episode.ids[-1] == policy.stop_id
-            inserted = ids if stopped else [policy.stop_id, *ids]  # the response was cut off: close the turn for it
-            episode.truncated |= not episode.terminated and len(episode.ids) + len(inserted) > limit
+            stops = [] if episode.ids[-1] == policy.stop_id else [policy.stop_id]  # cut off, or another stop token
+            episode.truncated |= not episode.terminated and len(episode.ids) + len(stops) + len(ids) > limit
             if not episode.done:
-                episode.insert(inserted)
+                episode.insert(stops + ids)
         kept = [row for row, i in enumerate(live) if not episodes[i].done]
         finished(len(live) - len(kept))
         live = [live[row] for row in kept]

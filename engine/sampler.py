@@ -105,7 +105,7 @@ class DecodeBuffers:
         self.count = torch.zeros(1, dtype=torch.long, device=device)  # tokens of each response so far
         self.token = torch.zeros(rows, 1, dtype=torch.long, device=device)  # the last token of each response
         self.length = torch.zeros(rows, 1, dtype=torch.long, device=device)  # tokens that the model has read
-        self.open = torch.zeros(rows, 1, dtype=torch.bool, device=device)  # False after the stop token
+        self.open = torch.zeros(rows, 1, dtype=torch.bool, device=device)  # False after a stop token
         self.uniform = torch.zeros(rows, tokens, dtype=torch.float64, device=device)  # random numbers in [0, 1)
         self.ids = torch.zeros(rows, tokens, dtype=torch.long, device=device)
         self.logp, self.entropy = (torch.zeros_like(self.uniform) for _ in range(2))  # nats
@@ -145,6 +145,7 @@ class Sampler:
     ):
         self.policy, self.temperature = policy, temperature
         self.max_step_tokens, self.max_tokens = max_step_tokens, max_tokens
+        self.stops = torch.tensor(policy.stop_ids, device=policy.model.device)
         self.rounding = ROUNDING.get(policy.model.device.type, ROUNDING["cpu"])
         self.cache = DynamicCache(config=policy.model.config)
         self.cache.layers = [SlotLayer() for _ in self.cache.layers]
@@ -167,7 +168,7 @@ class Sampler:
         self.lengths = lengths
 
     def respond(self, histories: list[list[int]], uniform: Tensor) -> list[Response]:
-        """Read the new ids of each row, and sample until the stop token or max_step_tokens.
+        """Read the new ids of each row, and sample until a stop token or max_step_tokens.
 
         histories: all ids of each row, earlier responses and observations included.  uniform: (B, max_step_tokens)
         random numbers in [0, 1).  Raises PolicyError if the logits are not finite.
@@ -202,8 +203,8 @@ class Sampler:
                 layer.capacity = (len(self.state.ids), self.columns)
 
     def _response(self, ids: list[int], logp: list[float], entropy: list[float]) -> Response:
-        """The response of one row: its tokens up to the stop token."""
-        length = ids.index(self.policy.stop_id) + 1 if self.policy.stop_id in ids else len(ids)
+        """The response of one row: its tokens up to the first stop token."""
+        length = next((number for number, i in enumerate(ids, 1) if i in self.policy.stop_ids), len(ids))
         if not all(map(math.isfinite, logp[:length])):
             raise PolicyError("the policy's logits are not finite: its weights are damaged, or training diverged")
         return Response(ids[:length], logp[:length], entropy[:length])
@@ -273,7 +274,7 @@ class Sampler:
         for column, new in ((state.ids, token), (state.logp, logp), (state.entropy, entropy)):
             column[:rows].index_copy_(1, state.count, new.to(column.dtype))
         state.token[:rows] = token
-        state.open[:rows] &= token != self.policy.stop_id
+        state.open[:rows] &= (token != self.stops).all(-1, keepdim=True)  # (B, 1) against (stop tokens,)
         state.count += 1
 
 

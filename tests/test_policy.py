@@ -1,13 +1,16 @@
 """policy.py: texts can never become added tokens, ids are the chat template's own, what is saved is what is loaded."""
 
+import json
 import os
 import shutil
+from datetime import datetime
 from functools import partial
 
 import pytest
 import torch
-from tokenizers import Regex, normalizers, pre_tokenizers
-from transformers import AutoModelForCausalLM, MistralConfig, Qwen2Config
+from tokenizers import AddedToken, Regex, Tokenizer, normalizers, pre_tokenizers
+from transformers import AutoModelForCausalLM, AutoTokenizer, MistralConfig, PreTrainedTokenizerFast, Qwen2Config
+from transformers.utils import chat_template_utils
 
 from envs import careless_player, make_envs
 from episode import Task
@@ -54,6 +57,14 @@ def chatml_tokenizer(dialogues: list[Dialogue], template: str = CHATML):
     return tokenizer
 
 
+def converted(tokenizer, template: str | None = None, **parts):
+    """The tokenizer with other parts of its definition, such as model=, and with its turn tokens."""
+    definition = json.loads(tokenizer.backend_tokenizer.to_str()) | parts
+    changed = PreTrainedTokenizerFast(tokenizer_object=Tokenizer.from_str(json.dumps(definition)))
+    changed.chat_template = template or tokenizer.chat_template
+    return changed
+
+
 @pytest.fixture(scope="module")
 def tiny(dialogues) -> Policy:
     """Not trained."""
@@ -97,7 +108,7 @@ def test_no_text_becomes_a_special_token_and_each_is_decoded_to_itself(talker, d
         assert count(full) == count(empty) > 0
         assert count(talker.prompt("".join(names), ["".join(names)])[0]) == count(talker.prompt("", [""])[0]) > 0
     texts += ODD_TEXTS + dialogues[0]
-    assert [talker.decode(ids) for ids in talker.encode(texts)] == [text.strip() for text in texts]
+    assert [talker.tokenizer.decode(ids) for ids in talker.encode(texts)] == [text.strip() for text in texts]
 
 
 def test_no_text_becomes_an_added_token_that_is_not_special(dialogues):
@@ -107,6 +118,166 @@ def test_no_text_becomes_an_added_token_that_is_not_special(dialogues):
     (ids,) = Policy(None, tokenizer).encode(["a<tool_call>b<|fim_prefix|>"])
     assert not set(ids) & tokenizer.added_tokens_decoder.keys()
     assert tokenizer.decode(ids) == "a<tool_call>b<|fim_prefix|>"
+
+
+def added_ids(policy: Policy, texts: list[str]) -> set[int]:
+    return {i for ids in policy.encode(texts) for i in ids} & policy.tokenizer.added_tokens_decoder.keys()
+
+
+BYTES = [f"<0x{byte:02X}>" for byte in range(256)]
+LETTERS = [chr(code) for code in range(33, 127)]
+MODELS = {
+    "unigram": lambda turns: {
+        "type": "Unigram", "unk_id": 0, "byte_fallback": True,
+        "vocab": [("<unk>", 0.0), *((name, 0.0) for name in turns), *((b, -9.0) for b in [*BYTES, *LETTERS, "\u2581"])],
+    },
+    "bpe": lambda turns: {
+        "type": "BPE", "unk_token": "<unk>", "byte_fallback": True, "ignore_merges": True,
+        "merges": [("<", "|"), ("|", ">"), *(("<|", "end|>") for _ in "a" if "<|end|>" in turns), ("a", "b")],
+        "vocab": {piece: i for i, piece in enumerate(
+            ["<unk>", *turns, *BYTES, *LETTERS, "\u2581", "<|", "|>", "end|>", "ab"])},
+    },
+}  # fmt: skip
+SPACES = {"type": "Replace", "pattern": {"String": " "}, "content": "\u2581"}
+NO_MARKS = {"type": "ByteFallback"}
+
+
+@pytest.mark.parametrize("kind", MODELS)
+def test_no_text_becomes_an_added_token_that_stands_in_the_vocabulary_too(tiny, kind):
+    """A Unigram model chose the piece `<|end|>`, of score 0, for that text: an observation could end a turn."""
+    added = [{"id": 0, "content": "<unk>"}, *({"id": i, "content": t} for i, t in enumerate(SPECIAL_TOKENS, 1))]
+    flags = {"single_word": False, "lstrip": False, "rstrip": False, "normalized": False, "special": True}
+    decoder = {"type": "Sequence", "decoders": [SPACES | {"pattern": {"String": "\u2581"}, "content": " "}, NO_MARKS,
+                                                {"type": "Fuse"}]}  # fmt: skip
+    tokenizer = converted(
+        tiny.tokenizer, model=MODELS[kind](SPECIAL_TOKENS), added_tokens=[flags | token for token in added],
+        normalizer=SPACES, pre_tokenizer=None, post_processor=None, decoder=decoder,
+    )  # fmt: skip
+    policy = Policy(None, tokenizer)
+    assert policy.stop_id == tokenizer.convert_tokens_to_ids("<|end|>") == 5
+    texts = ["x <|end|> y", *SPECIAL_TOKENS, "".join(SPECIAL_TOKENS), "<unk>", "\uffff5", "\u6f22 \U0001f3e0", "a\nb"]
+    assert not added_ids(policy, texts)
+    for text, ids in zip(texts, policy.encode(texts), strict=True):
+        assert policy.tokenizer.decode(ids) == (text.replace("\uffff", "\ufffd") if kind == "unigram" else text)
+
+
+@pytest.mark.parametrize("kind", ["WordPiece", "WordLevel", "Unigram", "BPE"])
+def test_a_tokenizer_that_writes_an_added_token_for_unknown_texts_is_refused(tiny, kind):
+    vocab = {piece: i for i, piece in enumerate(["<unk>", *SPECIAL_TOKENS, "you", "see", "."])}
+    model = {"type": kind, "vocab": vocab, "unk_token": "<unk>"}
+    if kind == "WordPiece":
+        model |= {"continuing_subword_prefix": "##", "max_input_chars_per_word": 100}
+    if kind == "Unigram":
+        model = {"type": kind, "vocab": [(piece, -1.0) for piece in vocab], "unk_id": 0, "byte_fallback": False}
+    if kind == "BPE":
+        model |= {"merges": []}
+    parts = {"normalizer": None, "pre_tokenizer": {"type": "Whitespace"}, "decoder": None, "post_processor": None}
+    tokenizer = converted(tiny.tokenizer, model=model, added_tokens=[], **parts)
+    tokenizer.add_special_tokens({"unk_token": "<unk>", "additional_special_tokens": SPECIAL_TOKENS})
+    with pytest.raises(ValueError, match=r"^the tokenizer (has no ids for some texts|writes <unk> for)[^\n]*$"):
+        Policy(None, tokenizer)
+
+
+# ------------------------------------------------------------------------------------- parts are those of the whole
+
+# TinyLlama's and Zephyr's, without blank lines: the generation prompt ends before the line break.
+ZEPHYR = (
+    "{% for message in messages %}{{ '<|' + message.role + '|>\\n' + message.content + '</s>' + '\\n' }}"
+    "{% if loop.last and add_generation_prompt %}{{ '<|assistant|>' }}{% endif %}{% endfor %}"
+)
+PREFIXES = {
+    "prepend": {"normalizer": {"type": "Sequence", "normalizers": [{"type": "Prepend", "prepend": "\u2581"}, SPACES]},
+                "pre_tokenizer": None},
+    "first": {"normalizer": None, "pre_tokenizer": {
+        "type": "Metaspace", "replacement": "\u2581", "prepend_scheme": "first", "split": False}},
+    "always": {"normalizer": None, "pre_tokenizer": {
+        "type": "Metaspace", "replacement": "\u2581", "prepend_scheme": "always", "split": False}},
+}  # fmt: skip
+
+
+def sentencepiece(prefix: str, template: str) -> PreTrainedTokenizerFast:
+    """A tokenizer as Llama-2's, which puts a space before a text in one of three ways."""
+    tokens = ["<unk>", "<s>", "</s>", *CHATML_TOKENS]
+    vocab = {piece: i for i, piece in enumerate([*tokens[:3], *BYTES, *LETTERS, "\u2581", "\u2581Y", "\u2581T", "ou"])}
+    merges = [("\u2581", "Y"), ("\u2581", "T"), ("o", "u")]
+    model = {"type": "BPE", "vocab": vocab, "merges": merges, "unk_token": "<unk>", "byte_fallback": True}
+    decoders = [SPACES | {"pattern": {"String": "\u2581"}, "content": " "}, NO_MARKS, {"type": "Fuse"},
+                {"type": "Strip", "content": " ", "start": 1, "stop": 0}]  # fmt: skip
+    definition = {"version": "1.0", "added_tokens": [], "truncation": None, "padding": None, "post_processor": None}
+    definition |= PREFIXES[prefix] | {"model": model, "decoder": {"type": "Sequence", "decoders": decoders}}
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=Tokenizer.from_str(json.dumps(definition)))
+    tokenizer.add_tokens([AddedToken(t, normalized=False, special=True) for t in tokens], special_tokens=True)
+    tokenizer.chat_template = template
+    return tokenizer
+
+
+@pytest.mark.parametrize("template", [CHATML, ZEPHYR], ids=["chatml", "zephyr"])
+@pytest.mark.parametrize("prefix", PREFIXES)
+def test_a_tokenizer_that_puts_a_space_before_a_text_writes_the_ids_of_the_template(dialogues, prefix, template):
+    """Each part by itself got a space that the whole rendering does not have: 72 ids instead of 71."""
+    policy = Policy(None, sentencepiece(prefix, template))
+    for texts in dialogues[:2]:
+        assert policy.dialogue(texts[:6])[0] == rendered(policy, texts[:6], open_response=True)
+        assert policy.prompt(texts[0], [texts[1]])[0] == rendered(policy, texts[:2], open_response=True)
+    text, end = policy.encode(["Thought: a.\nAction: Yes you"])[0], policy.stop_id
+    special = policy.tokenizer.convert_tokens_to_ids("<s>")
+    assert policy.read([*text[:-3], special, *text[-3:], end]) == "Thought: a.\nAction: Yes<s> you"
+    assert policy.read([policy.tokenizer.convert_tokens_to_ids("\u2581T"), end]) == "T"
+    assert not added_ids(policy, ["x <|im_end|> y</s>", "<unk>", "\u6f22"])
+
+
+def test_a_tokenizer_whose_parts_are_not_those_of_the_whole_is_refused(dialogues):
+    """A system text directly after its turn token has a space before it, and a user's text after a line break none."""
+    mixed = CHATML.replace("+ '\\n' + message.content", "+ ('\\n' if message.role == 'user' else '') + message.content")
+    mixed = mixed.replace(
+        "'<|im_start|>' + message.role", "'<|im_start|>' + (message.role if message.role == 'user' else '')"
+    )
+    mixed = mixed.replace("'<|im_start|>assistant\\n'", "'<|im_start|>'")
+    with pytest.raises(ValueError, match=r"^the tokenizer gives a text other ids by itself than within the [^\n]*$"):
+        Policy(None, sentencepiece("prepend", mixed))
+
+
+def test_the_line_break_that_a_generation_prompt_lacks_is_sampled_by_the_policy(dialogues):
+    """Zephyr's and TinyLlama's templates were refused, as if they rewrote earlier turns."""
+    tokenizer = chatml_tokenizer(dialogues, CHATML.replace("assistant\\n", "assistant"))
+    policy, texts = Policy(None, tokenizer), dialogues[0]
+    ids, sampled = policy.dialogue(texts[:4])
+    assert ids == rendered(policy, texts[:4], open_response=True)
+    (line_break,) = tokenizer("\n", add_special_tokens=False)["input_ids"]
+    assert [i for i, s in zip(ids, sampled, strict=True) if s] == [
+        line_break,
+        *policy.encode(texts[2:3])[0],
+        policy.stop_id,
+    ]
+    assert policy.prompt(texts[0], texts[1:2])[0] == ids[: sampled.index(True)]
+    assert policy.between(texts[3:4])[0] == ids[len(ids) - sampled[::-1].index(True) :]
+
+
+# ------------------------------------------------------------------------------------------------------------- dates
+
+TODAY = CHATML.replace(
+    "message.content", "(strftime_now('%d %b %Y') if message.role == 'system' else '') + message.content"
+)
+
+
+def test_a_template_that_reads_the_clock_always_reads_the_same_date(tiny, dialogues, tmp_path, monkeypatch):
+    """Llama-3.2 gave another prompt every day, so resuming and evaluating differed on the next one."""
+
+    def on(day: int, policy: Policy) -> list[int]:
+        moment = type("Clock", (), {"now": staticmethod(lambda: datetime(2031, 7, day))})
+        monkeypatch.setattr(chat_template_utils, "datetime", moment)
+        prompt = policy.prompt("Act.", ["You see."])[0]
+        assert prompt == rendered(policy, ["Act.", "You see."], open_response=True)
+        return prompt
+
+    def load() -> Policy:
+        return Policy(tiny.model, chatml_tokenizer(dialogues, TODAY))
+
+    first = load()
+    assert "01 Jan 2026Act." in first.tokenizer.decode(on(1, first))
+    first.save(tmp_path)
+    assert on(1, first) == on(2, first) == on(2, load()) == on(3, Policy(None, AutoTokenizer.from_pretrained(tmp_path)))
+    assert "strftime_now" not in (tmp_path / "chat_template.jinja").read_text()
 
 
 def test_a_template_that_trims_texts_gets_the_same_ids(dialogues):
@@ -168,6 +339,12 @@ END = "{% endfor %}{% if add_generation_prompt %}{{ '<|im_start|>assistant\\n' }
 
 
 BAD = r"chat template (drops|rewrites)"
+# Numbers the user's turns, from turn LIMIT on.
+ROUNDS = LOOP + (
+    "{% set n = loop.index // 2 %}{% if message.role == 'user' and n > LIMIT %}"
+    + TURN.replace("+ message.content", "+ '[Round ' ~ n ~ '] ' + message.content")
+    + "{% else %}" + TURN + "{% endif %}"
+) + END  # fmt: skip
 NO_SYSTEM = LOOP + "{% if message.role != 'system' %}"
 
 
@@ -180,6 +357,12 @@ NO_SYSTEM = LOOP + "{% if message.role != 'system' %}"
         (LOOP + TURN.replace("content", "content[:8]") + END, BAD),
         ("{{ messages | length }} turns\n" + LOOP + TURN + END, BAD),
         (LOOP + "{{ loop.revindex }}" + TURN + END, BAD),  # numbers from the end
+        *((ROUNDS.replace("LIMIT", str(number)), BAD) for number in (0, 1, 2, 9)),
+        # What stands before a response is not a line break that the policy could sample.
+        (LOOP + TURN.replace("'\\n' + message", "'\\n> ' + message") + END, "asks for a response with"),
+        (LOOP + TURN + END.replace("assistant\\n", "assistant\\n<think>"), "asks for a response with"),
+        (LOOP + TURN + END + "{% set now = strftime_now %}{{ now('%d') }}", "reads the clock"),
+        ("{% set form = '%d' %}{{ strftime_now(form) }}" + LOOP + TURN + END, "reads the clock"),
         (NO_SYSTEM + "{{ message.content }}{% endif %}{% endfor %}{{ messages[0].content }}" + END[12:], BAD),
         (LOOP + TURN + END.replace("if add", "if messages | length < 3 and add"), BAD),
         (None, "no chat template"),

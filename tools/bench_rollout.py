@@ -71,14 +71,15 @@ def generate_loop(policy: Policy, envs: list[Env], tasks: list[Task], config: Tr
             top_k=0,
             top_p=1.0,
             max_new_tokens=config.max_step_tokens,
-            eos_token_id=policy.stop_id,
+            eos_token_id=list(policy.stop_ids),
             pad_token_id=pad,
         )[:, width:].tolist()
-        responses = [row[: row.index(policy.stop_id) + 1] if policy.stop_id in row else row for row in output]
+        ends = [next((n for n, i in enumerate(row, 1) if i in policy.stop_ids), len(row)) for row in output]
+        responses = [row[:end] for row, end in zip(output, ends, strict=True)]
         sampled += sum(map(len, responses))
         going, room = [], config.max_tokens - config.max_step_tokens
         for i, ids in zip(live, responses, strict=True):
-            observation, _, terminated, truncated, _ = envs[i].step(parse_response(policy.decode(ids))[1])
+            observation, _, terminated, truncated, _ = envs[i].step(parse_response(policy.read(ids))[1])
             histories[i] += ids + policy.between([observation])[0]
             if not (terminated or truncated or len(histories[i]) > room):
                 going.append(i)
