@@ -78,7 +78,7 @@ def demonstrations(config: TrainConfig, env: Env) -> list[Dialogue]:
     size = env.size("train")
     tasks = [train_task(config.env, size, config.seed, number) for number in range(config.demonstrations)]
     played = play_scripted(env, tasks, careless_player(config.slip), config.seed, desc="demonstrations")
-    if aborted := [episode.info["error"] for episode in played if "error" in episode.info]:
+    if aborted := [episode.info["error"] for episode in played if episode.aborted]:
         raise SystemExit(f"{len(aborted)} of {len(played)} demonstrations were aborted: {aborted[0]}")
     return [dialogue(env.instructions, episode) for episode in played]
 
