@@ -207,8 +207,11 @@ def group_advantages(
     if keep is not None and not keep.all():
         parts = []
         for r, k in zip(reward.split(group_size), keep.split(group_size), strict=True):
-            left = group_advantages(r[k], max(1, int(k.sum())), eps=eps, divide_by_std=divide_by_std)
-            parts.append(torch.zeros_like(r).masked_scatter(k, left))
+            part = torch.zeros_like(r)
+            if k.any():
+                left = group_advantages(r[k], int(k.sum()), eps=eps, divide_by_std=divide_by_std)
+                part = part.masked_scatter(k, left)
+            parts.append(part)
         return torch.cat(parts)
     grouped = reward.view(-1, group_size)
     differ = (grouped != grouped[:, :1]).any(1, keepdim=True)

@@ -1,5 +1,6 @@
 """What an update works on: the same numbers as while sampling, micro-batches by tokens, the loss, memory."""
 
+from dataclasses import replace
 from types import SimpleNamespace
 
 import pytest
@@ -151,6 +152,30 @@ def test_gradient_checkpointing_is_on_while_learning(house_policy, batch, advant
         layers[0].self_attn.register_forward_hook(count)
         update.update(config, learner, batch, advantage, 1)
     assert passes[True] == 2 * passes[False] > 0
+
+
+@pytest.mark.parametrize("aggregation", ["sequence", "token"])
+def test_what_an_environment_aborted_is_in_no_loss_and_no_normalizer(
+    house_policy, house_episodes, advantage, tmp_path, aggregation
+):
+    """Episodes whose server was gone were trained as failures (prime-rl#1416, rllm#710)."""
+    house_policy.save(tmp_path / "policy")
+    left, weights = [0, 2, 3, 5], []
+    aborted = [
+        episode if row in left else replace(episode, info=episode.info | {"error": "ConnectionError: gone"})
+        for row, episode in enumerate(house_episodes)
+    ]
+    for episodes, of_steps in ((aborted, advantage), ([house_episodes[row] for row in left], advantage[left])):
+        config = changed(aggregation=aggregation, mini_batches=2, micro_batch_tokens=600)
+        learner = update.make_learner(config, Accelerator(cpu=True), *[str(tmp_path / "policy")] * 2)
+        sums = update.update(config, learner, collate(episodes), of_steps, 1)
+        weights.append((sums, learner.policy.model.state_dict()))
+    (sums, with_aborted), (expected, without) = weights
+    assert sums == expected
+    assert sums["tokens"] == sum(step >= 0 for row in left for step in house_episodes[row].step_ids)
+    assert all(torch.equal(with_aborted[name], without[name]) for name in without)
+    one = [episode if row == 2 else replace(episode, info={"error": ""}) for row, episode in enumerate(house_episodes)]
+    assert update.update(changed(mini_batches=3), learner, collate(one), advantage, 1)["optimizer_steps"] == 1
 
 
 # ------------------------------------------------------------------------------------------------------------ memory
