@@ -75,7 +75,7 @@ def start_ranks(threads: int, fsdp: bool = False, **options) -> Accelerator:
 
     threads: of this process on the CPU; 0: see `cpu_threads`.  fsdp: models will be divided among the ranks.
     Exits if N processes were launched but did not find each other; each would train the whole run. Exits if the
-    launcher's settings change the algorithm, or do not fit this machine.
+    launcher's settings would change the algorithm.
     """
     if os.environ.get("ACCELERATE_USE_FSDP", "").lower() == "true" and not fsdp:
         raise SystemExit("this launcher's configuration shards models in its own way: use runs/accelerate, and --fsdp")
@@ -84,10 +84,7 @@ def start_ranks(threads: int, fsdp: bool = False, **options) -> Accelerator:
             raise SystemExit(f"the launcher sets {name}={value}, which changes the algorithm: use runs/accelerate")
     # Without a GPU the ranks find each other only if they are told to stay on the CPU.
     options |= {"cpu": not torch.cuda.is_available(), "kwargs_handlers": [InitProcessGroupKwargs(timeout=PATIENCE)]}
-    try:
-        accelerator = sharding_accelerator(**options) if fsdp else Accelerator(**options)
-    except ValueError as error:  # such as fp16 without a GPU
-        raise SystemExit(str(error)) from error
+    accelerator = sharding_accelerator(**options) if fsdp else Accelerator(**options)
     launched = int(os.environ.get("WORLD_SIZE", 1))
     if accelerator.num_processes != launched:
         raise SystemExit(

@@ -61,3 +61,10 @@ def require_steps(episodes: list[Episode]) -> list[Episode]:
         reasons += ["the first observation leaves no room for a response, raise --max_tokens"]
         raise SystemExit(f"none of {len(episodes)} episodes has a step: {reasons[0]}")
     return episodes
+
+
+def require_none_aborted(episodes: list[Episode], what: str) -> list[Episode]:
+    """The episodes. Ends the program if an environment aborted any of them."""
+    if errors := [episode.info["error"] for episode in episodes if episode.aborted]:
+        raise SystemExit(f"{len(errors)} of {len(episodes)} {what} were aborted: {errors[0]}")
+    return episodes

@@ -232,10 +232,11 @@ def test_dynamic_sampling_looks_at_the_episodes_that_are_left(run, whole, failin
     assert rows(out)[1]["group/success"] == 3 / 8
 
 
-def test_a_batch_without_an_episode_left_trains_nothing_and_says_so(run, whole, failing, capsys):
+def test_a_batch_without_an_episode_left_trains_nothing_and_says_so(run, whole, failing, capsys, caplog):
     failing(set(range(12)), "down\nfor good")  # the next iteration's are played
     out = run("failing", iterations=2, eval_every=1, policy=str(whole / "first_policy"))
     printed = capsys.readouterr().out
+    assert caplog.text.count("ConnectionError: down for good") == 12
     assert printed.count("environments aborted all 12 episodes; nothing is trained") == 1
     _, nothing, something = rows(out)
     assert {name for name in nothing if "eval" not in name} == {
