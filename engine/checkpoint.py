@@ -68,8 +68,8 @@ def run_position(config: TrainConfig, mixed_precision: str) -> tuple[Path | None
     """The newest good checkpoint of the run in config.out and its state; None and a new state for a new run.
 
     mixed_precision: of this process, from its launcher.  A damaged checkpoint is named and skipped.
-    Raises CheckpointError if there is a run but no --resume, --resume but no run, or a flag or the precision changed that
-    must not.
+    Raises CheckpointError if there is a run but no --resume, --resume but no run, or if a flag or the precision changed
+    that must not.
     """
     out, saved = config.out, checkpoints(Path(config.out))
     if not config.resume:
