@@ -207,11 +207,9 @@ def group_advantages(
     if keep is not None and not keep.all():
         parts = []
         for r, k in zip(reward.split(group_size), keep.split(group_size), strict=True):
-            part = torch.zeros_like(r)
-            if k.any():
-                left = group_advantages(r[k], int(k.sum()), eps=eps, divide_by_std=divide_by_std)
-                part = part.masked_scatter(k, left)
-            parts.append(part)
+            size = int(k.sum())
+            left = group_advantages(r[k], size, eps=eps, divide_by_std=divide_by_std) if size else r[k]
+            parts.append(torch.zeros_like(r).masked_scatter(k, left))
         return torch.cat(parts)
     grouped = reward.view(-1, group_size)
     differ = (grouped != grouped[:, :1]).any(1, keepdim=True)
@@ -288,11 +286,8 @@ def loss_normalizer(mask: Tensor, aggregation: str) -> float:
 
 
 def kl_k3(logp: Tensor, ref_logp: Tensor) -> Tensor:
-    """Estimate of KL(policy || reference): k3 = exp(d) - d - 1, d = ref_logp - logp; nats, >= 0.
-
-    d is at most 20, as the log-ratio in `policy_loss`. So exp never overflows; beyond that bound the gradient is 0.
-    """
-    delta = (ref_logp - logp).clamp(max=20)
+    """Estimate of KL(policy || reference): k3 = exp(d) - d - 1, d = ref_logp - logp; nats, >= 0."""
+    delta = (ref_logp - logp).clamp(max=20)  # as in policy_loss: exp cannot overflow. Beyond 20 the gradient is 0
     return (delta.expm1() - delta).clamp(min=0)  # rounding can make it slightly negative
 
 

@@ -19,7 +19,7 @@ from config import TrainConfig
 from engine import checkpoint, ranks
 from engine.checkpoint import RunState
 from engine.ranks import cpu_threads, full_weights, start_ranks
-from engine.record import eval_metrics
+from engine.record import RecordError, eval_metrics, precision_of
 from envs import make_envs
 from policy import load_policy
 
@@ -256,7 +256,7 @@ def test_mixed_precision_is_written_with_the_run_and_found_again(launched_with, 
         for player, row in ((last, 1), (before, 0), (out / "best", 1)):
             (result,) = evaluate("--policy", str(player)).values()
             assert eval_metrics(result).items() <= rows(out)[row].items()
-            assert start_ranks(1, mixed_precision=checkpoint.precision_of([str(player)])).mixed_precision == "bf16"
+            assert start_ranks(1, mixed_precision=precision_of([str(player)])).mixed_precision == "bf16"
     for launcher in (None, "no"):
         launched_with(launcher)
         with pytest.raises(checkpoint.CheckpointError, match=r"in mixed precision bf16.* launcher says no: res"):
@@ -265,7 +265,7 @@ def test_mixed_precision_is_written_with_the_run_and_found_again(launched_with, 
     run("half", iterations=2, resume=True)
     state = json.loads((last / "state.json").read_text())
     (last / "state.json").write_text(json.dumps({name: state[name] for name in state if name != "mixed_precision"}))
-    assert checkpoint.precision_of([str(last)]) == "bf16"  # of the run's own config.json
+    assert precision_of([str(last)]) == "bf16"  # of the run's own config.json
 
 
 @pytest.mark.parametrize(
@@ -281,7 +281,7 @@ def test_precisions_that_differ_are_refused_in_one_line(runs, launcher, message,
         (tmp_path / f"a{number}" / "x" / "state.json").write_text(json.dumps({"mixed_precision": precision}))
     launched_with(launcher)
     players = [str(tmp_path / f"a{number}" / "x") for number in range(len(runs))]
-    with pytest.raises(checkpoint.CheckpointError, match=message) as end:
+    with pytest.raises(RecordError, match=message) as end:
         evaluate(*(["--compare", *players] if len(players) > 1 else ["--policy", *players]), "--env", "coin")
     assert "\n" not in str(end.value)
 
