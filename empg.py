@@ -190,17 +190,28 @@ def spread(step_values: Tensor, step_ids: Tensor) -> Tensor:
 
 
 @torch.no_grad()
-def group_advantages(reward: Tensor, group_size: int, *, eps: float = 1e-6, divide_by_std: bool = True) -> Tensor:
+def group_advantages(
+    reward: Tensor, group_size: int, *, eps: float = 1e-6, divide_by_std: bool = True, keep: Tensor | None = None
+) -> Tensor:
     """A = (r - mean) / (std + eps) within each group of `group_size` consecutive rows; std is the sample one (G - 1).
 
-    reward: (B,).  divide_by_std: False leaves r - mean.  Returns (B,), exactly 0 in a group whose rewards are equal.
+    reward: (B,).  divide_by_std: False leaves r - mean.  keep: (B,) bool, the rows that a group consists of; None: all.
+    Returns (B,): exactly 0 in a group whose rewards are equal, and in rows that are not kept.
     Raises ValueError if B is not a multiple of group_size.
     >>> group_advantages(torch.tensor([1.0, 0.0, 1.0, 1.0]), 2)
     tensor([ 0.7071, -0.7071,  0.0000,  0.0000])
     """
     if reward.dim() != 1 or group_size < 1 or len(reward) % group_size:
         raise ValueError(f"reward must be (B,), B a multiple of group_size {group_size}; got {_shapes(reward)}")
-    grouped = reward.to(torch.promote_types(reward.dtype, torch.float32)).view(-1, group_size)
+    reward = reward.to(torch.promote_types(reward.dtype, torch.float32))
+    if keep is not None and not keep.all():
+        parts = []
+        for r, k in zip(reward.split(group_size), keep.split(group_size), strict=True):
+            size = int(k.sum())
+            left = group_advantages(r[k], size, eps=eps, divide_by_std=divide_by_std) if size else r[k]
+            parts.append(torch.zeros_like(r).masked_scatter(k, left))
+        return torch.cat(parts)
+    grouped = reward.view(-1, group_size)
     differ = (grouped != grouped[:, :1]).any(1, keepdim=True)
     centred = grouped - grouped.mean(1, keepdim=True)
     if divide_by_std:
@@ -276,7 +287,7 @@ def loss_normalizer(mask: Tensor, aggregation: str) -> float:
 
 def kl_k3(logp: Tensor, ref_logp: Tensor) -> Tensor:
     """Estimate of KL(policy || reference): k3 = exp(d) - d - 1, d = ref_logp - logp; nats, >= 0."""
-    delta = ref_logp - logp
+    delta = (ref_logp - logp).clamp(max=20)  # as in policy_loss: exp cannot overflow. Beyond 20 the gradient is 0
     return (delta.expm1() - delta).clamp(min=0)  # rounding can make it slightly negative
 
 

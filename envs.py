@@ -2,7 +2,7 @@
 
 An environment has gymnasium's reset and step. Observations and actions are text (`Env` below). An action that the
 environment does not understand gets an answer, never an exception. `terminated`: the world ended the episode.
-`truncated`: the step limit ended it.
+`truncated`: the step limit ended it. An exception, or an answer of another type, aborts the episode. It trains nothing.
 
 This file imports every world. A world imports its large packages only where it uses them, so the others start fast.
 """

@@ -58,6 +58,11 @@ class Episode:
     def done(self) -> bool:
         return self.terminated or self.truncated
 
+    @property
+    def aborted(self) -> bool:
+        """Whether its environment failed. That is not the policy's doing, so the episode trains nothing."""
+        return "error" in self.info
+
     def insert(self, ids: list[int]) -> None:
         """Append tokens that the policy did not sample: prompt, observation, chat template."""
         self.ids += ids
@@ -87,6 +92,11 @@ class Batch:
     reward: Tensor  # (B,)
     length: Tensor  # (B,) int, tokens
     episodes: list[Episode]  # of the rows
+
+    @property
+    def keep(self) -> Tensor:
+        """(B,) bool, False for an episode that its environment aborted."""
+        return torch.tensor([not episode.aborted for episode in self.episodes], device=self.ids.device)
 
     @property
     def mask(self) -> Tensor:

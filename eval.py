@@ -29,11 +29,12 @@ from scipy import stats
 from config import EvalConfig, TrainConfig, fail, given_flags, parse_config
 from engine.checkpoint import evaluation_of, world_settings
 from engine.ranks import explain_out_of_memory, play_over_ranks, start_ranks, weights_for_sampling
-from engine.record import naming_the_file, require_writable
+from engine.record import naming_the_file, precision_of, require_writable
+from engine.world_errors import require_steps
 from envs import PLAYERS, Env, example, held_out_splits, make_envs
 from episode import Episode, Task, save_episodes
 from policy import Policy, load_policy, require_context
-from rollout import play_scripted, require_steps, rollout
+from rollout import play_scripted, rollout
 
 # --------------------------------------------------------------------------------------------------------- playing
 
@@ -122,7 +123,7 @@ def _summary(episodes: list[Episode]) -> dict:
         "success_high": high,
         "steps": len(steps) / number,
         "invalid": sum(not step.valid for step in steps) / max(1, len(steps)),
-        "errors": sum("error" in e.info for e in episodes),
+        "errors": sum(e.aborted for e in episodes),
     } | {name: scale * sum(e.info.get(name, 0) for e in episodes) / number for name, scale in reported.items()}
 
 
@@ -232,7 +233,8 @@ def parse_eval_config(argv: Sequence[str] | None = None) -> EvalConfig:
 def main() -> None:
     config = parse_eval_config()
     transformers.utils.logging.disable_progress_bar()
-    accelerator = start_ranks(config.threads)
+    precision = precision_of(config.compare or [config.policy])
+    accelerator = start_ranks(config.threads, mixed_precision=precision)
     run(config, accelerator)
     accelerator.end_training()
 

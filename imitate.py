@@ -26,6 +26,7 @@ from transformers import AutoModelForCausalLM, PretrainedConfig
 
 import envs
 from config import TrainConfig
+from engine.world_errors import require_none_aborted
 from envs import Env, careless_player, format_response
 from episode import Episode
 from policy import Dialogue, Policy, PolicyError, load_config
@@ -78,9 +79,7 @@ def demonstrations(config: TrainConfig, env: Env) -> list[Dialogue]:
     size = env.size("train")
     tasks = [train_task(config.env, size, config.seed, number) for number in range(config.demonstrations)]
     played = play_scripted(env, tasks, careless_player(config.slip), config.seed, desc="demonstrations")
-    if aborted := [episode.info["error"] for episode in played if "error" in episode.info]:
-        raise SystemExit(f"{len(aborted)} of {len(played)} demonstrations were aborted: {aborted[0]}")
-    return [dialogue(env.instructions, episode) for episode in played]
+    return [dialogue(env.instructions, episode) for episode in require_none_aborted(played, "demonstrations")]
 
 
 def dialogue(instructions: str, episode: Episode) -> Dialogue:

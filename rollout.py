@@ -10,7 +10,6 @@ and on the token's place in the episode, and on nothing else. So an episode is t
 rank and with whatever limits it is played.
 """
 
-import logging
 import random
 from collections import Counter
 from collections.abc import Callable
@@ -20,6 +19,7 @@ import torch
 from tqdm import tqdm
 
 from engine.sampler import Sampler
+from engine.world_errors import aborting, checked_reset, checked_step
 from envs import Env, Player, parse_response
 from episode import Episode, Step, Task
 from policy import Policy
@@ -124,45 +124,21 @@ def play_on(
 
 
 def _reset(env: Env, task: Task) -> Episode:
-    """A new episode with its first observation; already truncated if the environment raises."""
-    try:
-        prompt, info = env.reset(task.split, task.seed)
-    except Exception as error:  # see _act
-        episode = Episode(task, "", info={"task_type": "unknown", "success": False})
-        _abort(episode, error)
-        return episode
-    return Episode(task, prompt, info=info)
+    """A new episode with its first observation; already aborted if the environment fails."""
+    episode = Episode(task, "", info={"task_type": "unknown", "success": False})
+    with aborting(episode):
+        episode.prompt, episode.info = checked_reset(env, task)
+    return episode
 
 
 def _act(episode: Episode, env: Env, thought: str, action: str, tokens: int = 0) -> None:
-    """Give the action to the environment and append the step; its tokens are the episode's last ones.
-
-    An environment that raises ends this episode, as truncated and with the error in its info, and no other one.
-    """
-    try:
-        observation, reward, episode.terminated, episode.truncated, episode.info = env.step(action)
-    except Exception as error:  # engines raise any exception type; only this episode ends
-        observation, reward = "", 0.0
-        _abort(episode, error)
+    """Give the action to the environment and append the step; its tokens are the episode's last ones."""
+    observation, reward = "", 0.0
+    with aborting(episode):
+        observation, reward, episode.terminated, episode.truncated, episode.info = checked_step(env, action)
     end = len(episode.ids)
     episode.steps.append(Step(thought, action, observation, episode.info["valid"], end - tokens, end))
     episode.reward += reward
-
-
-def _abort(episode: Episode, error: Exception) -> None:
-    """End the episode as truncated, with the error on record and on the terminal."""
-    what = f"{type(error).__name__}: {error}"
-    logging.getLogger(__name__).warning("%s was aborted in step %d: %s", episode.task, len(episode.steps), what)
-    episode.truncated, episode.info = True, episode.info | {"valid": False, "error": what}
-
-
-def require_steps(episodes: list[Episode]) -> list[Episode]:
-    """The episodes. Ends the program if none of them has a step, because nothing could be measured or learnt."""
-    if not any(episode.steps for episode in episodes):
-        reasons = [episode.info["error"] for episode in episodes if "error" in episode.info]
-        reasons += ["the first observation leaves no room for a response, raise --max_tokens"]
-        raise SystemExit(f"none of {len(episodes)} episodes has a step: {reasons[0]}")
-    return episodes
 
 
 # ------------------------------------------------------------------------------------------------- scripted players
@@ -179,11 +155,7 @@ def play_scripted(env: Env, tasks: list[Task], player: Player, seed: int, desc: 
         times[task] += 1
         episode = _reset(env, task)
         while not episode.done:
-            try:
-                thought, action = player(env, [step.action for step in episode.steps], rng)
-            except Exception as error:  # it asks the environment what can be done, see _act
-                _abort(episode, error)
-            else:
-                _act(episode, env, thought, action)
+            with aborting(episode):  # the player asks the environment what can be done
+                _act(episode, env, *player(env, [step.action for step in episode.steps], rng))
         episodes.append(episode)
     return episodes

@@ -36,14 +36,15 @@ from empg import Modulation, group_advantages, modulation, no_modulation, soft_o
 from engine.checkpoint import RunState, keep_best, link_first_policy, restore, run_position, save
 from engine.ranks import explain_out_of_memory, play_over_ranks, start_ranks, weights_for_sampling
 from engine.record import Record, episode_metrics, eval_metrics, step_metrics, update_metrics
-from engine.stopping import stoppable
+from engine.stopping import NotFiniteError, stoppable
+from engine.world_errors import require_steps
 from envs import Env
 from episode import Batch, Episode, collate
 from eval import evaluate, first_tasks, open_envs, percent, summarize, table
 from imitate import count_parameters, first_policy
 from policy import require_context
-from rollout import require_steps, rollout, train_task
-from update import Learner, NotFiniteError, make_learner, update
+from rollout import rollout, train_task
+from update import Learner, make_learner, update
 
 MAX_ROUNDS = 4  # of dynamic sampling in an iteration
 
@@ -68,6 +69,7 @@ def iterate(
 
             # 3 step entropy, from the entropies captured while sampling
             entropy, valid = step_entropy(batch.token_entropy, batch.step_ids)  # (B, S), nats
+            valid = valid & batch.keep[:, None]  # what an environment aborted is in no statistic
 
             # 4 modulate
             credit = assign_credit(config, batch, advantage, entropy, valid, learner)  # (B, S)
@@ -94,20 +96,23 @@ def sample_groups(
     """The groups of an iteration, the same on every rank, and metrics of all groups sampled for them.
 
     Dynamic sampling (DAPO) keeps the groups in which some episodes succeed and some do not. It samples until it has
-    enough groups, at most MAX_ROUNDS times, and then trains on those that it has.
+    enough groups, at most MAX_ROUNDS times, and then trains on those that it has. Aborted episodes do not count.
     """
-    kept, solved, used, wanted = [], [], 0, config.tasks_per_iteration
+    kept, solved, errors, used, wanted = [], [], 0, 0, config.tasks_per_iteration
     while len(kept) < wanted and used < wanted * MAX_ROUNDS:
         groups = sample_round(config, learner, envs, next_task + used)
         used += wanted
         for group in groups:
-            solved.append(sum(episode.success for episode in group))
-            if not config.dynamic_sampling or 0 < solved[-1] < config.group_size:
+            left = [episode.success for episode in group if not episode.aborted]
+            solved, errors = solved + left, errors + len(group) - len(left)
+            if not config.dynamic_sampling or 0 < sum(left) < len(left):
                 kept.append(group)
+    kept = kept[:wanted] if solved else []
     if len(kept) < wanted and learner.accelerator.is_main_process:
-        tqdm.write(f"dynamic sampling: of {used} groups only {len(kept)} differ in success; training on these")
-    success, kept = sum(solved) / (used * config.group_size), kept[:wanted]
-    return kept, {"group/tasks_used": used, "group/kept": len(kept), "group/success": success}
+        few = f"dynamic sampling: of {used} groups only {len(kept)} differ in success; training on these"
+        tqdm.write(few if solved else f"environments aborted all {errors} episodes; nothing is trained")
+    metrics = {"group/tasks_used": used, "group/kept": len(kept), "episode/errors": errors}
+    return kept, metrics | ({"group/success": sum(solved) / len(solved)} if solved else {})
 
 
 @explain_out_of_memory("sampling", "lower --batch_size")
@@ -123,7 +128,7 @@ def sample_round(config: TrainConfig, learner: Learner, envs: list[Env], first_t
 
     with weights_for_sampling(learner.accelerator, learner.policy.model):
         groups = play_over_ranks(learner.accelerator, range(first_task, first_task + tasks), play)
-    require_steps([episode for group in groups for episode in group])
+    require_steps([episode for group in groups for episode in group if not episode.aborted])
     return groups
 
 
@@ -135,7 +140,7 @@ def score(config: TrainConfig, batch: Batch) -> Tensor:
     reward = batch.reward  # (B,)
     if config.overlong_buffer:
         reward = reward + soft_overlong_penalty(batch.length, limit=config.max_tokens, buffer=config.overlong_buffer)
-    return group_advantages(reward, config.group_size)
+    return group_advantages(reward, config.group_size, keep=batch.keep)
 
 
 def assign_credit(
@@ -188,7 +193,8 @@ def train(config: TrainConfig, assign_credit: Callable[..., Modulation] = assign
         envs = open_envs(config, config.batch_size, ["train", config.held_out])
         record = Record(config, accelerator)
         # The main process alone verifies the checkpoints, because that reads every file to its end.
-        newest, state = broadcast_object_list([run_position(config) if accelerator.is_main_process else None])[0]
+        found = run_position(config, accelerator.mixed_precision) if accelerator.is_main_process else None
+        newest, state = broadcast_object_list([found])[0]
         record.header(count_parameters(str(newest or config.policy)))
         learner = prepare(config, accelerator, envs[0], newest)
         record.open(state.last_written)

@@ -4,9 +4,8 @@ All ranks hold the whole batch and take every n-th row of each mini-batch. The n
 mini-batch, so its gradient is the same however the rows are divided into micro-batches and among ranks.
 """
 
-import math
 from collections import defaultdict
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from dataclasses import dataclass
 
 import numpy as np
@@ -16,9 +15,10 @@ from torch import Tensor
 
 from config import TrainConfig
 from empg import aggregate, kl_k3, loss_normalizer, policy_loss, spread
-from engine.ranks import explain_out_of_memory, gradient_sync, prepare_frozen, to_float
-from engine.scorer import make_scorable
-from episode import Batch, Episode
+from engine.ranks import explain_out_of_memory, gradient_sync, micro_batches, prepare_frozen, to_float
+from engine.scorer import checkpoint_layers, make_scorable
+from engine.stopping import require_finite
+from episode import Batch
 from policy import Policy, load_policy
 
 MAX_GRAD_NORM = 1.0  # gradients are scaled down to this norm
@@ -41,7 +41,7 @@ def make_learner(config: TrainConfig, accelerator: Accelerator, path: str, first
     policy = load_policy(path)
     make_scorable(policy.model)
     if config.gradient_checkpointing:
-        policy.model.activation_checkpointing_enable()
+        checkpoint_layers(policy.model)
     optimizer = torch.optim.AdamW(policy.model.parameters(), lr=config.learning_rate, weight_decay=0.0)
     model, optimizer = accelerator.prepare(policy.model, optimizer)
     policy.model = accelerator.unwrap_model(model)
@@ -59,9 +59,10 @@ def update(config: TrainConfig, learner: Learner, batch: Batch, advantage: Tenso
     Raises NotFiniteError instead of taking a bad step.
     """
     accelerator, sums = learner.accelerator, defaultdict(float)
-    # No dropout: old and new log-probs must be of the same policy. Only gradient checkpointing needs training mode.
-    learner.model.train(config.gradient_checkpointing)
-    token_advantage = spread(advantage, batch.step_ids)  # (B, L)
+    learner.model.eval()  # no dropout: old and new log-probs must be of the same policy
+    left = [row for row, episode in enumerate(batch.episodes) if not episode.aborted]
+    batch = batch.select(left)  # the rows of this update; loss normalisers count these
+    token_advantage = spread(advantage[left], batch.step_ids)  # (B, L)
     for rows in mini_batches(config, len(batch.ids), iteration):
         # 5 loss and backward
         normalizer = loss_normalizer(batch.mask[rows], config.aggregation)  # of all ranks and micro-batches
@@ -88,21 +89,6 @@ def update(config: TrainConfig, learner: Learner, batch: Batch, advantage: Tenso
     return sums
 
 
-class NotFiniteError(Exception):
-    """A loss or gradient is infinite or nan; no step was taken with it. `episodes` are those that it came from."""
-
-    def __init__(self, episodes: list[Episode]):
-        super().__init__("loss or gradient is not finite")
-        self.episodes = episodes
-
-
-def require_finite(value: float, episodes: list[Episode]) -> float:
-    """The value. Raises NotFiniteError with the episodes that it came from if it is infinite or nan."""
-    if not math.isfinite(value):
-        raise NotFiniteError(episodes)
-    return value
-
-
 # ------------------------------------------------------------------------------------------------ rows of an update
 
 
@@ -110,35 +96,7 @@ def mini_batches(config: TrainConfig, episodes: int, iteration: int) -> Iterator
     """Rows of every optimizer step of an iteration: each epoch takes all episodes once, in an order of its own."""
     for epoch in range(config.epochs):
         order = np.random.default_rng([config.seed, iteration, epoch]).permutation(episodes)
-        yield from (rows.tolist() for rows in np.array_split(order, config.mini_batches))
-
-
-def micro_batches(
-    config: TrainConfig, accelerator: Accelerator, length: Tensor, rows: Sequence[int]
-) -> list[tuple[list[int], int]]:
-    """This rank's share of a mini-batch in parts of at most micro_batch_tokens tokens, each with its loss's weight.
-
-    length: (B,), tokens of each episode. Rows are sorted by length, so that little of a part is padding. DDP averages
-    gradients over ranks, where their sum is needed: the weight is the number of ranks. DDP needs every rank in every
-    backward pass: one with too few parts runs one row with weight 0.
-    """
-    rank, ranks = accelerator.process_index, accelerator.num_processes
-    lengths = length.tolist()
-    rows = sorted(rows, key=lambda row: lengths[row])
-    shares = [split_by_tokens(rows[i::ranks], lengths, config.micro_batch_tokens) for i in range(ranks)]
-    missing = max(map(len, shares)) - len(shares[rank])
-    return [(part, ranks) for part in shares[rank]] + [(rows[:1], 0)] * missing
-
-
-def split_by_tokens(rows: list[int], lengths: list[int], budget: int) -> list[list[int]]:
-    """Rows, sorted by length, in parts of at most `budget` tokens, padding included. A longer row is alone."""
-    parts: list[list[int]] = []
-    for row in rows:
-        if parts and (len(parts[-1]) + 1) * lengths[row] <= budget:
-            parts[-1].append(row)
-        else:
-            parts.append([row])
-    return parts
+        yield from (rows.tolist() for rows in np.array_split(order, min(config.mini_batches, episodes)))
 
 
 # --------------------------------------------------------------------------------------------------------- the loss

@@ -51,6 +51,7 @@ class RunState:
     after: dict | None = None  # evaluation after `iteration`, if it was evaluated
     best: dict | None = None  # the evaluation with the most success, and its "iteration"
     saved: int = -1  # the iteration of the last checkpoint
+    mixed_precision: str | None = None  # as Accelerate names it; None: an older run, which did not note it
 
     @property
     def last_written(self) -> int:
@@ -63,23 +64,30 @@ class RunState:
         self.unwritten, self.after = metrics, None
 
 
-def run_position(config: TrainConfig) -> tuple[Path | None, RunState]:
+def run_position(config: TrainConfig, mixed_precision: str) -> tuple[Path | None, RunState]:
     """The newest good checkpoint of the run in config.out and its state; None and a new state for a new run.
 
-    A damaged checkpoint is named and skipped.
-    Raises CheckpointError if there is a run but no --resume, --resume but no run, or a flag changed that must not.
+    mixed_precision: of this process, from its launcher.  A damaged checkpoint is named and skipped.
+    Raises CheckpointError if there is a run but no --resume, --resume but no run, or if a flag or the precision changed
+    that must not.
     """
     out, saved = config.out, checkpoints(Path(config.out))
     if not config.resume:
         if saved:
             raise CheckpointError(f"{out} holds a run already: continue it with --resume, or choose another --out")
-        return None, RunState(asdict(config), unwritten={})
+        return None, RunState(asdict(config), unwritten={}, mixed_precision=mixed_precision)
     if not saved:
         raise CheckpointError(f"there is no checkpoint in {out} to resume from")
     newest = newest_good(saved)
     state = RunState(**json.loads((newest / "state.json").read_text()))
     if changed := _changed_flags(config, state.config):
         raise CheckpointError(f"{out} was trained with {changed}; resume with the same, or choose another --out")
+    if state.mixed_precision not in (None, mixed_precision):
+        raise CheckpointError(
+            f"{out} was trained in mixed precision {state.mixed_precision}, and this launcher says {mixed_precision}: "
+            f"resume with accelerate launch --mixed_precision {state.mixed_precision}"
+        )
+    state.mixed_precision = mixed_precision
     complete = state.after is not None or state.unwritten is not None  # the last iteration of a run is evaluated
     if config.iterations < state.iteration or (config.iterations == state.iteration and not complete):
         raise CheckpointError(f"{out} has {state.iteration} iterations already; ask for more with --iterations")

@@ -40,9 +40,21 @@ from torch.distributed.checkpoint.state_dict import (
 from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy
 from torch.distributed.tensor import DTensor
 
+from config import TrainConfig
 from engine.stopping import gather_or_stop
 
 COMPUTE = {"bf16": torch.bfloat16, "fp16": torch.float16}  # by the name of Accelerate's mixed precision
+OFF = ("", "false", "no", "0", "none")
+# Settings of a launcher that would change the algorithm, and their values that do not. Accelerate obeys in silence.
+LAUNCHER = {
+    "ACCELERATE_GRADIENT_ACCUMULATION_STEPS": ("1",),  # divides every gradient: train.py makes its own micro-batches
+    "ACCELERATE_MIXED_PRECISION": ("no", *COMPUTE),  # fp8 replaces layers
+    "ACCELERATE_DYNAMO_BACKEND": OFF,  # compiles the model, whose numbers are then not those of sampling
+    "ACCELERATE_USE_DEEPSPEED": OFF,  # has its own optimizer, clipping and accumulation
+    "ACCELERATE_USE_MEGATRON_LM": OFF,
+    "ACCELERATE_USE_PARALLELISM_CONFIG": OFF,  # tensor and context parallelism
+    "FSDP_IGNORED_MODULES": OFF,  # their gradients would differ between ranks
+}
 # How long a rank waits for another. One whose episodes are long may sample for an hour while the others wait, and NCCL
 # would give up after ten minutes. When a rank dies, the launcher ends the others at once.
 PATIENCE = timedelta(hours=4)
@@ -62,10 +74,14 @@ def start_ranks(threads: int, fsdp: bool = False, **options) -> Accelerator:
     """This process as one of the ranks that the launcher started; options go to Accelerator.
 
     threads: of this process on the CPU; 0: see `cpu_threads`.  fsdp: models will be divided among the ranks.
-    Exits if N processes were launched but did not find each other; each would train the whole run.
+    Exits if N processes were launched but did not find each other; each would train the whole run. Exits if the
+    launcher's settings would change the algorithm.
     """
-    if os.environ.get("ACCELERATE_USE_FSDP") == "true" and not fsdp:
+    if os.environ.get("ACCELERATE_USE_FSDP", "").lower() == "true" and not fsdp:
         raise SystemExit("this launcher's configuration shards models in its own way: use runs/accelerate, and --fsdp")
+    for name, harmless in LAUNCHER.items():
+        if (value := os.environ.get(name, harmless[0])).lower() not in harmless:
+            raise SystemExit(f"the launcher sets {name}={value}, which changes the algorithm: use runs/accelerate")
     # Without a GPU the ranks find each other only if they are told to stay on the CPU.
     options |= {"cpu": not torch.cuda.is_available(), "kwargs_handlers": [InitProcessGroupKwargs(timeout=PATIENCE)]}
     accelerator = sharding_accelerator(**options) if fsdp else Accelerator(**options)
@@ -155,6 +171,37 @@ def sampling_weights(model: nn.Module, mixed_precision: str) -> Iterator[None]:
     finally:
         for layer, name, weight in kept:
             setattr(layer, name, weight)
+
+
+# --------------------------------------------------------------------------------------------- rows of an update
+
+
+def micro_batches(
+    config: TrainConfig, accelerator: Accelerator, length: Tensor, rows: Sequence[int]
+) -> list[tuple[list[int], int]]:
+    """This rank's share of a mini-batch in parts of at most micro_batch_tokens tokens, each with its loss's weight.
+
+    length: (B,), tokens of each episode. Rows are sorted by length, so that little of a part is padding. DDP averages
+    gradients over ranks, where their sum is needed: the weight is the number of ranks. DDP needs every rank in every
+    backward pass: one with too few parts runs one row with weight 0.
+    """
+    rank, ranks = accelerator.process_index, accelerator.num_processes
+    lengths = length.tolist()
+    rows = sorted(rows, key=lambda row: lengths[row])
+    shares = [split_by_tokens(rows[i::ranks], lengths, config.micro_batch_tokens) for i in range(ranks)]
+    missing = max(map(len, shares)) - len(shares[rank])
+    return [(part, ranks) for part in shares[rank]] + [(rows[:1], 0)] * missing
+
+
+def split_by_tokens(rows: list[int], lengths: list[int], budget: int) -> list[list[int]]:
+    """Rows, sorted by length, in parts of at most `budget` tokens, padding included. A longer row is alone."""
+    parts: list[list[int]] = []
+    for row in rows:
+        if parts and (len(parts[-1]) + 1) * lengths[row] <= budget:
+            parts[-1].append(row)
+        else:
+            parts.append([row])
+    return parts
 
 
 # ---------------------------------------------------------------------------------------------------------- sharding

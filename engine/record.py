@@ -23,6 +23,7 @@ from tqdm import tqdm
 from config import TrainConfig
 from empg import Modulation
 from engine.figures import draw_curves, read_metrics
+from engine.ranks import COMPUTE
 from episode import Batch, Episode, save_episodes, transcript
 
 
@@ -34,18 +35,22 @@ class RecordError(SystemExit):
 
 
 def episode_metrics(episodes: list[Episode], group_size: int) -> dict:
-    """Means over the episodes, groups and steps of all ranks; groups are consecutive episodes."""
+    """Means over the episodes, groups and steps of all ranks, without what an environment aborted.
+
+    Groups are consecutive episodes. One in which fewer than two are left counts as equal in reward.
+    """
+    groups = [episodes[first : first + group_size] for first in range(0, len(episodes), group_size)]
+    rewards = [{episode.reward for episode in group if not episode.aborted} for group in groups]
+    episodes = [episode for episode in episodes if not episode.aborted]
     steps = [step for episode in episodes for step in episode.steps]
-    reward = torch.tensor([episode.reward for episode in episodes]).view(-1, group_size)
     return {
-        "reward/mean": float(reward.mean()),
+        "reward/mean": float(torch.tensor([episode.reward for episode in episodes]).mean()),
         "reward/success": sum(episode.success for episode in episodes) / len(episodes),
-        "group/zero_std_frac": float((reward.amax(1) == reward.amin(1)).float().mean()),
+        "group/zero_std_frac": float(torch.tensor([len(of_group) < 2 for of_group in rewards]).float().mean()),
         "episode/steps": len(steps) / len(episodes),
         "episode/tokens": sum(len(episode.ids) for episode in episodes) / len(episodes),
         "episode/invalid_frac": sum(not step.valid for step in steps) / max(1, len(steps)),
         "episode/truncated_frac": sum(episode.truncated for episode in episodes) / len(episodes),
-        "episode/errors": sum("error" in episode.info for episode in episodes),
     }
 
 
@@ -143,6 +148,7 @@ class Record:
             raise RecordError(f"could not start {self.config.report_to}: {' '.join(str(error).split())}") from error
         if main:
             about = {"argv": sys.argv, "git": revision(), "ranks": self.accelerator.num_processes}
+            about |= {"mixed_precision": self.accelerator.mixed_precision}
             self._replace("config.json", json.dumps(about | {"config": asdict(self.config)}, indent=1))
             for name in ("metrics.jsonl", "timings.jsonl"):
                 rows = self._rows(name) if last >= 0 else []
@@ -215,6 +221,31 @@ class Record:
         with naming_the_file(path):
             aside.write_text(text)
             os.replace(aside, path)
+
+
+def precision_of(players: list[str]) -> str | None:
+    """The mixed precision in which the runs of these players sampled; None if no run says so: the launcher's counts.
+
+    Raises RecordError if two runs, or a run and the launcher, say different things. A launcher's "no" says nothing:
+    it is what `accelerate launch` sets by default.
+    """
+    said = {}
+    for player in players:
+        for file in (Path(player) / "state.json", Path(player).parent / "config.json"):
+            try:
+                precision = json.loads(file.read_text())["mixed_precision"]
+            except (OSError, ValueError, KeyError, TypeError):
+                continue
+            if precision in ("no", *COMPUTE):
+                said[precision] = player
+                break
+    launcher = os.environ.get("ACCELERATE_MIXED_PRECISION", "no").lower()
+    if said and launcher != "no":
+        said.setdefault(launcher, "this launcher")
+    if len(said) > 1:
+        pairs = " and ".join(f"{player} says {precision}" for precision, player in said.items())
+        raise RecordError(f"mixed precision differs, so the numbers would not be those of training: {pairs}")
+    return next(iter(said), None)
 
 
 def revision() -> str:

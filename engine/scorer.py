@@ -18,6 +18,8 @@ import functools
 import torch
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
+from torch.utils.checkpoint import checkpoint
+from transformers.modeling_layers import GradientCheckpointingLayer
 
 from policy import PolicyError
 
@@ -121,3 +123,33 @@ def _slices(length: int, width: int) -> list[slice]:
     """Slices that cover `length` rows. A slice of rows of `width` elements has at most CHUNK_ELEMENTS, or one row."""
     size = max(1, CHUNK_ELEMENTS // max(1, width))
     return [slice(i, i + size) for i in range(0, length, size)]
+
+
+# ------------------------------------------------------------------------------------------- gradient checkpointing
+
+
+def checkpoint_layers(model: nn.Module) -> nn.Module:
+    """Change a causal LM in place: its layers keep no activations, and compute them again in the backward pass.
+
+    transformers does the same in training mode only, which also switches on dropout, router jitter and layer drop. Here
+    the model stays in evaluation mode. As in `make_scorable`, only classes change.
+    Raises PolicyError if the model has no layers of that kind.
+    """
+    layers = [module for module in model.modules() if isinstance(module, GradientCheckpointingLayer)]
+    if not layers:
+        raise PolicyError("--gradient_checkpointing cannot be used with this model: its layers do not support it")
+    kinds = {kind: _checkpointed(kind) for kind in {type(layer) for layer in layers}}
+    for layer in layers:
+        layer.__class__ = kinds[type(layer)]
+    return model
+
+
+def _checkpointed(kind: type) -> type:
+    @functools.wraps(kind.forward)
+    def forward(self, *args, **kwargs):
+        own = functools.partial(kind.forward, self)
+        if not torch.is_grad_enabled():  # while sampling
+            return own(*args, **kwargs)
+        return checkpoint(own, *args, use_reentrant=False, preserve_rng_state=False, **kwargs)
+
+    return type(kind.__name__, (kind,), {"forward": forward, "__module__": kind.__module__})

@@ -1,10 +1,12 @@
-"""Stopping a run early without losing work: Ctrl-C, or the SIGTERM of a cluster that takes a machine back.
+"""Stopping a run early without losing work: Ctrl-C, or the SIGTERM of a cluster that takes a machine back. And stopping
+it before a step that would ruin the weights.
 
 Sampling changes nothing that a checkpoint holds, and the episodes can be sampled again from their seeds. So sampling is
 aborted at once. An update is completed first. Either way all ranks stop at the same place, save, and
 end; `--resume` gives the metrics and the weights of a run that was never stopped.
 """
 
+import math
 import os
 import signal
 import sys
@@ -14,6 +16,8 @@ from contextlib import contextmanager
 from pathlib import Path
 
 from accelerate.utils import gather_object
+
+from episode import Episode
 
 
 class Stopped(BaseException):
@@ -100,3 +104,21 @@ def gather_or_stop(play: Callable[[], list]) -> list:
 def _lost_a_rank(error: RuntimeError) -> bool:
     """Whether a collective call failed because another rank has ended. NCCL's message is untested."""
     return any(words in str(error) for words in ("by peer", "Broken pipe", "remote process exited"))
+
+
+# ------------------------------------------------------------------------------------------------ numbers of a step
+
+
+class NotFiniteError(Exception):
+    """A loss or gradient is infinite or nan; no step was taken with it. `episodes` are those that it came from."""
+
+    def __init__(self, episodes: list[Episode]):
+        super().__init__("loss or gradient is not finite")
+        self.episodes = episodes
+
+
+def require_finite(value: float, episodes: list[Episode]) -> float:
+    """The value. Raises NotFiniteError with the episodes that it came from if it is infinite or nan."""
+    if not math.isfinite(value):
+        raise NotFiniteError(episodes)
+    return value

@@ -29,7 +29,8 @@ def credit_where_rewards_differ(
 ) -> Modulation:
     """EMPG without the bonus in groups whose rewards are all equal, where nothing but the bonus would train."""
     paper = modulation(advantage, entropy, valid, k=config.k, k_future=config.k_future, zeta=config.zeta)
-    f = paper.f * rewards_differ(batch.reward, config.group_size)[:, None]
+    # The advantages differ where the rewards do, and they leave out what an environment aborted.
+    f = paper.f * rewards_differ(advantage, config.group_size)[:, None]
     return replace(paper, f=f, advantage=center(advantage[:, None] * paper.g + config.zeta * f, valid))
 
 

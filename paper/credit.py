@@ -35,6 +35,7 @@ from empg import Modulation, aggregate, loss_normalizer, step_entropy
 from engine.checkpoint import checkpoint_path, world_settings
 from engine.record import modulated, revision
 from engine.scorer import make_scorable
+from engine.world_errors import require_none_aborted
 from envs import Env
 from episode import Batch, Episode, Task, collate
 from eval import open_envs
@@ -241,6 +242,7 @@ def measure_credit(
     numbers = [FIRST_TASK + i if available is None else i % available for i in range(groups)]
     tasks = [Task(config.env, "train", number) for number in numbers for _ in range(size)]
     episodes = rollout(policy, envs, tasks, [(config.seed, 1, i) for i in range(len(tasks))], **config.limits)
+    require_none_aborted(episodes, "episodes")
     outcomes = play_continuations(policy, envs, episodes, credit.continuations, config)
     value, *of_halves = (
         values(episodes, [rows[:, part] for rows in outcomes])

@@ -104,7 +104,8 @@ def norm_entropy_histogram(run: Path) -> list[int]:
         value
         for path in sorted((run / "episodes").glob("*.jsonl"))
         for line in path.open()
-        for value in json.loads(line)["modulation"]["norm_entropy"]
+        if "error" not in (record := json.loads(line))["info"]  # aborted episodes train nothing
+        for value in record["modulation"]["norm_entropy"]
     ]
     return np.histogram(values, BINS, (0, 1))[0].tolist()
 

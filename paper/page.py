@@ -83,7 +83,8 @@ def read_batch(path: Path, group_size: int, max_groups: int, texts: Texts) -> di
     for number, line in enumerate(path.read_bytes().splitlines(), 1):
         with naming_the_line(path, number):
             records.append(json.loads(line))
-            norm_entropy += map(finite, records[-1]["modulation"]["norm_entropy"])
+            of_steps = [finite(value) for value in records[-1]["modulation"]["norm_entropy"]]
+            norm_entropy += [] if "error" in records[-1]["info"] else of_steps  # aborted episodes train nothing
     if not records or len(records) % group_size:
         raise ValueError(f"{path}: {len(records)} episodes are not whole groups of {group_size}")
     low, high = np.quantile(norm_entropy, [0.2, 0.8]).tolist() if norm_entropy else (0.0, 0.0)
@@ -111,7 +112,8 @@ def read_episode(record: dict, low: float, high: float, texts: Texts) -> dict:
         span = slice(step["start"], step["end"])
         shown = {name: texts.number(step[name]) for name in ("thought", "action", "observation")}
         shown |= {"valid": step["valid"]} | dict(zip(NUMBERS, map(rounded, values), strict=True))
-        shown["filter"] = step_filter(success, values[NUMBERS.index("norm_entropy")], low, high)
+        of_norm = values[NUMBERS.index("norm_entropy")]
+        shown["filter"] = "" if "error" in record["info"] else step_filter(success, of_norm, low, high)
         shown["token_entropy"] = [rounded(value) for value in record["token_entropy"][span]]
         shown["logp"] = [rounded(value) for value in record["old_logp"][span]]
         shown["tokens"] = [texts.number(text) for text in islice(tokens, len(shown["logp"]))]

@@ -14,6 +14,7 @@ from tqdm import tqdm
 
 from config import TrainConfig
 from empg import Modulation
+from engine.world_errors import require_none_aborted
 from envs import Env
 from episode import Batch, Episode, replay
 from eval import open_envs
@@ -46,7 +47,8 @@ def play_continuations(
         part = jobs[first : first + len(envs)]
         starts = [replay_to(env, episodes[i], t) for env, (i, t, _) in zip(envs, part, strict=False)]
         seeds = [(config.seed, 2, *job) for job in part]
-        for (i, t, k), played in zip(part, play_on(policy, envs, starts, seeds, **config.limits), strict=True):
+        ended = require_none_aborted(play_on(policy, envs, starts, seeds, **config.limits), "continuations")
+        for (i, t, k), played in zip(part, ended, strict=True):
             outcomes[i][t, k] = played.success
     return outcomes
 
@@ -80,6 +82,6 @@ class TrueCredit:
         self.envs = self.envs or open_envs(config, config.batch_size, ["train"])
         outcomes = play_continuations(learner.policy, self.envs, batch.episodes, self.continuations, config)
         true = [torch.from_numpy(np.diff(value)).float() for value in values(batch.episodes, outcomes)]
-        true = pad_sequence(true, batch_first=True).to(batch.ids.device)  # (B, S)
+        true = pad_sequence(true, batch_first=True).to(batch.ids.device) * given.valid  # (B, S)
         norms = [part[given.valid].square().mean().sqrt() for part in (given.advantage, true)]
         return replace(given, advantage=true * norms[0] / norms[1].clamp(min=1e-6))

@@ -208,6 +208,25 @@ def test_group_advantages_of_equal_rewards_are_exactly_zero(reward, group_size):
     assert empg.group_advantages(torch.full((2 * group_size,), reward), group_size).tolist() == [0.0] * 2 * group_size
 
 
+@pytest.mark.filterwarnings("error")  # the std of a group of none
+@QUICK
+@given(data=st.data(), groups=st.lists(st.lists(st.integers(-3, 3), min_size=3, max_size=3), min_size=1, max_size=4))
+def test_group_advantages_of_the_rows_that_are_kept_match_loops(data, groups):
+    """Episodes that an environment had aborted counted as failures, in mean and std of their group, too."""
+    keep = [[data.draw(st.booleans()) for _ in group] for group in groups]
+    expected = []
+    for group, kept in zip(groups, keep, strict=True):
+        left = [r for r, k in zip(group, kept, strict=True) if k]
+        mean, std = (statistics.mean(left), statistics.stdev(left)) if len(left) > 1 else (0, 0)
+        expected += [(r - mean) / (std + 1e-6) if k and len(left) > 1 else 0 for r, k in zip(group, kept, strict=True)]
+    reward, keep = tensor(groups, dtype=F64).flatten(), tensor(keep).flatten()
+    close(empg.group_advantages(reward, 3, keep=keep), expected)
+    close(empg.group_advantages(reward.where(keep, math.nan), 3, keep=keep), expected)
+    assert torch.equal(empg.group_advantages(reward, 3, keep=torch.ones_like(keep)), empg.group_advantages(reward, 3))
+    whole, divided = (empg.group_advantages(reward, 3, keep=k, divide_by_std=False) for k in (None, keep))
+    assert torch.equal(whole, divided) or not keep.all()
+
+
 def loop_loss(rows: list[list], low: float, high: float, aggregation: str) -> tuple[float, Tensor]:
     """The surrogate by its cases instead of a min, and its derivative in every logp."""
     sampled = {(i, j): token for i, row in enumerate(rows) for j, token in enumerate(row) if token}
@@ -294,6 +313,11 @@ def test_kl_k3_is_exp_d_minus_d_minus_1_and_0_only_at_equality(logp, delta):
     k3 = empg.kl_k3(tensor([logp], dtype=F64), tensor([logp + delta], dtype=F64))
     close(k3, [math.exp(delta) - delta - 1])
     assert k3 > 0 if abs(delta) > 1e-6 else k3 >= 0  # below, d^2 / 2 drowns in the rounding of d
+    far = torch.tensor([-120.0, -0.1, -1e30], requires_grad=True)
+    k3 = empg.kl_k3(far, torch.tensor([-0.1, -120.0, -0.1]))  # at 89 nats exp overflowed, and its gradient was -inf
+    k3.sum().backward()
+    close(k3, torch.tensor([math.exp(20) - 21, 118.9, math.exp(20) - 21]))
+    assert far.grad.tolist() == [0, 1, 0]
     near = torch.linspace(-1e-3, 1e-3, 2001)  # in float32 d^2 / 2 is here as small as the rounding of exp(d)
     assert (empg.kl_k3(torch.zeros(2001), near) >= 0).all()
 

@@ -141,7 +141,7 @@ def test_resume_takes_no_source_that_is_not_typed(name, value, begun):
     config = TrainConfig(**state["config"] | {"resume": True, "iterations": 3, "out": str(begun)})
     typed = " ".join(value) if isinstance(value, list) else value
     with pytest.raises(SystemExit, match=f"was trained with --{name} {typed}; resume with the same"):
-        checkpoint.run_position(config)
+        checkpoint.run_position(config, "no")
 
 
 # ------------------------------------------------------------------------------------------------------- checkpoints

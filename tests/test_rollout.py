@@ -7,9 +7,11 @@ given responses and remembers, in the cache that it was handed, what it was fed.
 import copy
 import json
 import math
+from dataclasses import asdict
 from itertools import pairwise
 from types import SimpleNamespace
 
+import numpy as np
 import pytest
 import torch
 from tokenizers import Tokenizer as RustTokenizer
@@ -464,6 +466,58 @@ def test_an_environment_that_raises_ends_its_episode_and_no_other(caplog):
     untroubled = perform(scripted(scripts))
     assert (first, last) == (untroubled[0], untroubled[3])
     assert first.success
+
+
+class Nonsense(Toy):
+    """A toy world whose task n answers with NONSENSE[n] in its second step."""
+
+    def reset(self, split: str, seed: int) -> tuple[str, dict]:
+        self.seed = seed
+        return super().reset(split, seed)
+
+    def step(self, action: str) -> tuple[str, float, bool, bool, dict]:
+        answer = super().step(action)
+        return NONSENSE[self.seed][0](*answer) if self.steps == 2 else answer
+
+
+NONSENSE = [
+    (lambda text, reward, *rest: (text, math.nan, *rest), "ValueError: the reward is nan, not a finite number"),
+    (lambda text, reward, *rest: (text, -math.inf, *rest), "ValueError: the reward is -inf, not a finite number"),
+    (lambda text, reward, *rest: (text, None, *rest), "ValueError: the reward is None, not a finite number"),
+    (lambda text, reward, *rest: (text, "1.0", *rest), "ValueError: the reward is '1.0', not a finite number"),
+    (lambda text, *rest: (None, *rest), "TypeError: the observation is NoneType, not text"),
+    (lambda text, *rest: (b"Go on.", *rest), "TypeError: the observation is bytes, not text"),
+    (lambda text, *rest: ("\ud800", *rest), "UnicodeEncodeError: "),
+    (
+        lambda *answer: (*answer[:4], {"valid": True}),
+        "ValueError: the info is {'valid': True}, not a dict with valid, ",
+    ),
+    (lambda *answer: answer[:4], "ValueError: not enough values to unpack"),
+]
+
+
+def test_an_answer_that_is_no_number_or_no_text_aborts_its_episode_and_no_other(caplog):
+    """A reward of nan made every advantage of its group nan; an observation of None ended the run."""
+    scripts = {number: [WAIT, WAIT, WAIT] for number in range(len(NONSENSE))}
+    played = perform(scripted(scripts), Nonsense)
+    for number, (episode, (_, message)) in enumerate(zip(played, NONSENSE, strict=True)):
+        assert episode.info["error"].startswith(message)
+        assert (episode.aborted, episode.truncated, episode.reward, episode.success) == (True, True, 0.0, False)
+        assert [step.observation for step in episode.steps] == ["Go on.", ""]
+        (line,) = [line for line in caplog.text.splitlines() if f"seed={number})" in line]
+        assert f"Task(env='toy', split='train', seed={number}) was aborted in step 1: {message}" in line
+    json.dumps([asdict(episode) for episode in played])
+
+
+def test_numbers_of_other_types_are_numbers_and_an_error_in_the_info_of_a_world_is_not_ours():
+    class Typed(Toy):
+        def step(self, action: str) -> tuple[str, float, bool, bool, dict]:
+            text, reward, terminated, truncated, info = super().step(action)
+            return text, np.float32(reward), np.bool_(terminated), truncated, info | {"error": "no such thing"}
+
+    (episode,) = perform(scripted({0: [WAIT, WIN]}), Typed)
+    assert (episode.aborted, episode.reward, episode.terminated, episode.success) == (False, 1.0, True, True)
+    json.dumps(asdict(episode))
 
 
 def test_an_environment_or_player_that_raises_ends_the_scripted_players_episode_too():

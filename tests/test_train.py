@@ -1,10 +1,12 @@
 """The loop as a whole: what a run promises whatever the number of micro-batches, interruptions and flags."""
 
+import itertools
 import json
 import re
 import statistics
 import subprocess
 import sys
+from collections.abc import Callable
 from itertools import chain
 from pathlib import Path
 
@@ -25,6 +27,7 @@ from empg import (
     clarity_bonus,
     gradient_scale,
     group_advantages,
+    modulation,
     no_modulation,
     normalize_entropy,
     spread,
@@ -127,13 +130,139 @@ def test_episodes_that_an_environment_aborted_are_counted_and_not_imitated(run, 
 
     monkeypatch.setattr(Coin, "step", sometimes)
     aborted = rows(run("aborted", iterations=1, policy=str(whole / "first_policy")))[-1]
-    number = SMALL["tasks_per_iteration"] * SMALL["group_size"]
-    assert 0 < aborted["episode/errors"] <= number * aborted["episode/truncated_frac"]
+    assert 0 < aborted["episode/errors"] < SMALL["tasks_per_iteration"] * SMALL["group_size"]
     assert rows(whole)[-1]["episode/errors"] == 0
     every = 1
     with pytest.raises(SystemExit, match="7 of 7 demonstrations were aborted: ConnectionError: gone"):
         run(demonstrations=7, cache=str(tmp_path / "empty"))
     assert not list((tmp_path / "empty").iterdir())
+
+
+@pytest.fixture
+def failing(monkeypatch):
+    """failing(numbers) lets the world break in the second step of these training episodes, counted from 0. In the
+    others the first episode of each group of four is won, and no other one is."""
+
+    def call(numbers: set[int], message: str = "gone"):
+        reset, step, count = Coin.reset, Coin.step, itertools.count()
+
+        def counted(env, split, seed):
+            env.number = next(count) if split == "train" else None
+            return reset(env, split, seed)
+
+        def second_fails(env, action):
+            text, _, terminated, truncated, info = step(env, env.side if env.number is None else "left")
+            if env.number in numbers and env.steps == 2:
+                raise ConnectionError(message)
+            success = terminated and env.number is not None and env.number % 4 == 0
+            return text, float(success), terminated, truncated, info | {"success": success}
+
+        monkeypatch.setattr(Coin, "reset", counted)
+        monkeypatch.setattr(Coin, "step", second_fails)
+
+    return call
+
+
+@pytest.mark.parametrize("empg", [True, False])
+def test_episodes_that_an_environment_aborted_are_in_no_loss_and_in_no_statistic(
+    run, whole, failing, monkeypatch, empg
+):
+    """Three of eight episodes whose server was gone had the advantage -0.35, and their tokens were trained with it."""
+    # Group 0 has 1, 0, 0 left, group 1 only failures, group 2 one episode, a success.
+    failing({2, 4, 9, 10, 11})
+    seen, trained = [], []
+    train_update, micro_batch_loss = train.update, update.micro_batch_loss
+
+    def spy(config, learner, batch, advantage, iteration):
+        seen.append((batch, advantage))
+        return train_update(config, learner, batch, advantage, iteration)
+
+    def watch(config, learner, batch, token_advantage, normalizer):
+        trained.append((len(batch.episodes), int(batch.mask.sum()), normalizer, token_advantage))
+        return micro_batch_loss(config, learner, batch, token_advantage, normalizer)
+
+    monkeypatch.setattr(train, "update", spy)
+    monkeypatch.setattr(update, "micro_batch_loss", watch)
+    out = run("failing", iterations=1, policy=str(whole / "first_policy"), empg=empg, aggregation="token")
+    ((batch, advantage),) = seen
+    left = [row for row in range(12) if row not in {2, 4, 9, 10, 11}]
+    assert [row for row, episode in enumerate(batch.episodes) if not episode.aborted] == left
+
+    # By hand: 1, 0, 0 have mean 1/3 and sample std sqrt(1/3). No other group differs.
+    base = [0.0] * 12
+    for row, reward in ((0, 1), (1, 0), (3, 0)):
+        base[row] = (reward - 1 / 3) / ((1 / 3) ** 0.5 + 1e-6)
+    assert [row["modulation"]["base"] for row in kept(out)] == pytest.approx(base)
+
+    entropy, valid = step_entropy(batch.token_entropy[left], batch.step_ids[left])
+    made = empg_module(empg)(torch.tensor(base)[left], entropy, valid)
+    torch.testing.assert_close(advantage[left][:, : valid.shape[1]], made.advantage)
+    aborted = [row for row in range(12) if row not in left]
+    assert not advantage[aborted].any()
+    tokens = int(batch.mask[left].sum())
+    assert (sum(n for n, *_ in trained), sum(n for _, n, *_ in trained)) == (len(left), tokens)
+    assert {normalizer for *_, normalizer, _ in trained} == {tokens}
+
+    metrics = rows(out)[1]
+    assert metrics["episode/errors"] == 5
+    for name in ("reward/mean", "reward/success", "group/success"):
+        assert metrics[name] == pytest.approx(2 / 7)
+    assert metrics["group/zero_std_frac"] == pytest.approx(2 / 3)
+    assert metrics["episode/truncated_frac"] == 0
+    assert metrics["entropy/mean"] == pytest.approx(float(entropy[valid].mean()))
+    for row in aborted:  # on record, with the entropy that was measured, and with nothing that was trained
+        assert kept(out)[row]["info"]["error"] == "ConnectionError: gone"
+        assert kept(out)[row]["modulation"]["entropy"][0] > 0
+        assert set(kept(out)[row]["modulation"]["advantage"]) == {0.0}
+    assert read_run(out)["batches"][0]["steps"] == int(valid.sum())
+
+
+def empg_module(empg: bool) -> Callable:
+    return modulation if empg else no_modulation
+
+
+def test_dynamic_sampling_looks_at_the_episodes_that_are_left(run, whole, failing, monkeypatch):
+    """One success and seven errors was a group that differs."""
+    failing({1, 2, 3, 5})
+    monkeypatch.setattr(train, "MAX_ROUNDS", 1)
+    out = run("failing", iterations=1, policy=str(whole / "first_policy"), dynamic_sampling=True)
+    assert rows(out)[1]["group/kept"] == 2
+    assert rows(out)[1]["episode/errors"] == 4
+    assert len(kept(out)) == 8
+    assert rows(out)[1]["group/success"] == 3 / 8
+
+
+def test_a_batch_without_an_episode_left_trains_nothing_and_says_so(run, whole, failing, capsys, caplog):
+    failing(set(range(12)), "down\nfor good")  # the next iteration's are played
+    out = run("failing", iterations=2, eval_every=1, policy=str(whole / "first_policy"))
+    printed = capsys.readouterr().out
+    assert caplog.text.count("ConnectionError: down for good") == 12
+    assert printed.count("environments aborted all 12 episodes; nothing is trained") == 1
+    _, nothing, something = rows(out)
+    assert {name for name in nothing if "eval" not in name} == {
+        "iteration",
+        "group/tasks_used",
+        "group/kept",
+        "episode/errors",
+    }
+    assert (nothing["episode/errors"], nothing["group/kept"], nothing["eval/episodes"]) == (12, 0, 6)
+    assert (something["episode/errors"], something["group/kept"]) == (0, 3)
+
+
+def test_a_reset_that_fails_is_an_error_of_the_world_too(run, whole, monkeypatch, caplog):
+    reset, count = Coin.reset, itertools.count()
+
+    def sometimes(env, split, seed):
+        if split == "train" and next(count) % 4 == 1:
+            raise OSError("no such game")
+        return reset(env, split, seed)
+
+    monkeypatch.setattr(Coin, "reset", sometimes)
+    out = run("failing", iterations=1, policy=str(whole / "first_policy"))
+    assert rows(out)[1]["episode/errors"] == 3
+    assert [row["modulation"]["base"] for row in kept(out)[1::4]] == [0, 0, 0]
+    assert caplog.text.count("was aborted in step 0: OSError: no such game") == 3
+    assert read_run(out)["batches"][0]["groups"]
 
 
 def test_demonstrations_are_played_once(run, begun, monkeypatch, cache):

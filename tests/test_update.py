@@ -1,19 +1,25 @@
 """What an update works on: the same numbers as while sampling, micro-batches by tokens, the loss, memory."""
 
+from dataclasses import replace
 from types import SimpleNamespace
 
 import pytest
 import torch
+import transformers
 from accelerate import Accelerator
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from transformers import AutoModelForCausalLM
 
 import eval as evaluation
 import train
 import update
 from config import TrainConfig
 from engine.record import update_metrics
-from episode import collate
+from engine.scorer import checkpoint_layers
+from envs import make_envs
+from episode import Task, collate
+from policy import Policy, PolicyError
 from rollout import rollout
 
 CONFIG = TrainConfig(tasks_per_iteration=3, group_size=2, temperature=0.7, learning_rate=1e-3, threads=1)
@@ -151,6 +157,72 @@ def test_gradient_checkpointing_is_on_while_learning(house_policy, batch, advant
         layers[0].self_attn.register_forward_hook(count)
         update.update(config, learner, batch, advantage, 1)
     assert passes[True] == 2 * passes[False] > 0
+
+
+@pytest.mark.parametrize("aggregation", ["sequence", "token"])
+def test_what_an_environment_aborted_is_in_no_loss_and_no_normalizer(
+    house_policy, house_episodes, advantage, tmp_path, aggregation
+):
+    """Episodes whose server was gone were trained as failures (prime-rl#1416, rllm#710)."""
+    house_policy.save(tmp_path / "policy")
+    left, weights = [0, 2, 3, 5], []
+    aborted = [
+        episode if row in left else replace(episode, info=episode.info | {"error": "ConnectionError: gone"})
+        for row, episode in enumerate(house_episodes)
+    ]
+    for episodes, of_steps in ((aborted, advantage), ([house_episodes[row] for row in left], advantage[left])):
+        config = changed(aggregation=aggregation, mini_batches=2, micro_batch_tokens=600)
+        learner = update.make_learner(config, Accelerator(cpu=True), *[str(tmp_path / "policy")] * 2)
+        sums = update.update(config, learner, collate(episodes), of_steps, 1)
+        weights.append((sums, learner.policy.model.state_dict()))
+    (sums, with_aborted), (expected, without) = weights
+    assert sums == expected
+    assert sums["tokens"] == sum(step >= 0 for row in left for step in house_episodes[row].step_ids)
+    assert all(torch.equal(with_aborted[name], without[name]) for name in without)
+    one = [episode if row == 2 else replace(episode, info={"error": ""}) for row, episode in enumerate(house_episodes)]
+    assert update.update(changed(mini_batches=3), learner, collate(one), advantage, 1)["optimizer_steps"] == 1
+
+
+NO_DROPOUT_YET = {
+    "GPT2": {"n_positions": 1024, "n_embd": 32, "n_layer": 2, "n_head": 2, "resid_pdrop": 0.3, "attn_pdrop": 0.3},
+    "OPT": {
+        "max_position_embeddings": 1024,
+        "ffn_dim": 64,
+        "word_embed_proj_dim": 32,
+        "dropout": 0.3,
+        "layerdrop": 0.3,
+    },
+    "Qwen2": {"intermediate_size": 64, "num_key_value_heads": 2, "attention_dropout": 0.3},
+    "Mixtral": {"intermediate_size": 64, "num_key_value_heads": 2, "num_local_experts": 4, "router_jitter_noise": 0.3}
+    | {"sliding_window": None, "attention_dropout": 0.3},
+}
+
+
+@pytest.mark.parametrize("kind", NO_DROPOUT_YET)
+def test_gradient_checkpointing_switches_no_dropout_on(kind, house_policy, tmp_path):
+    """In training mode kl_rollout rose from 5e-14 to 0.06: dropout, router jitter and layer drop (trl#3234)."""
+    size = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2, "vocab_size": 512}
+    torch.manual_seed(0)
+    settings = getattr(transformers, f"{kind}Config")(**size | NO_DROPOUT_YET[kind])
+    Policy(AutoModelForCausalLM.from_config(settings), house_policy.tokenizer).save(tmp_path / "policy")
+    sums, gradients, paths = [], [], [str(tmp_path / "policy")] * 2
+    tasks, envs = [Task("house", "eval", seed) for seed in range(4)], make_envs("house", ["max_steps=2"], 4)
+    for checkpointing in (False, True):
+        config = changed(gradient_checkpointing=checkpointing, mini_batches=1)
+        learner = update.make_learner(config, Accelerator(cpu=True), *paths)
+        episodes = rollout(learner.policy, envs, tasks, [(0, task.seed) for task in tasks], **config.limits)
+        batch = collate(episodes)
+        sums.append(update.update(config, learner, batch, torch.ones(4, 2).cumsum(1) - 1.5, 1))
+        assert update_metrics(sums[-1])["policy/kl_rollout"] < 1e-8
+        gradients.append(learner.policy.model.state_dict())
+    assert sums[0] == pytest.approx(sums[1], rel=1e-4, abs=1e-6)
+    for name, weight in gradients[0].items():
+        torch.testing.assert_close(gradients[1][name], weight, rtol=0, atol=1e-5)
+
+
+def test_a_model_whose_layers_cannot_be_checkpointed_is_refused():
+    with pytest.raises(PolicyError, match="--gradient_checkpointing cannot be used with this model"):
+        checkpoint_layers(torch.nn.Linear(2, 2))
 
 
 # ------------------------------------------------------------------------------------------------------------ memory

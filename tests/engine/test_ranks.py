@@ -10,6 +10,7 @@ from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
+from accelerate.state import AcceleratorState
 from conftest import ROOT, SMALL, flags_of, rows, same_metrics, same_weights
 
 import eval as evaluation
@@ -18,7 +19,7 @@ from config import TrainConfig
 from engine import checkpoint, ranks
 from engine.checkpoint import RunState
 from engine.ranks import cpu_threads, full_weights, start_ranks
-from engine.record import eval_metrics
+from engine.record import RecordError, eval_metrics, precision_of
 from envs import make_envs
 from policy import load_policy
 
@@ -195,6 +196,94 @@ def test_a_launch_that_does_not_fit_the_flag_is_refused(fsdp, message, tmp_path,
     with pytest.raises(SystemExit, match=message):
         train.train(TrainConfig(**RUN | {"out": str(tmp_path / "run"), "fsdp": fsdp}))
     assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [
+        ("ACCELERATE_GRADIENT_ACCUMULATION_STEPS", "8"),
+        ("ACCELERATE_MIXED_PRECISION", "fp8"),
+        ("ACCELERATE_DYNAMO_BACKEND", "INDUCTOR"),
+        ("ACCELERATE_USE_DEEPSPEED", "true"),
+        ("ACCELERATE_USE_MEGATRON_LM", "true"),
+        ("ACCELERATE_USE_PARALLELISM_CONFIG", "True"),
+        ("FSDP_IGNORED_MODULES", ".*lm_head"),
+    ],
+)
+def test_settings_of_a_launcher_that_change_the_algorithm_are_refused(name, value, tmp_path, monkeypatch):
+    """Eight accumulation steps divided every gradient by 8 (accelerate#1011): grad_norm 0.00642 for 0.05136."""
+    monkeypatch.setenv(name, value)
+    with pytest.raises(SystemExit, match=f"the launcher sets {re.escape(f'{name}={value}')}, which") as end:
+        train.train(TrainConfig(**RUN | {"out": str(tmp_path / "run")}))
+    assert "\n" not in str(end.value)
+    assert not (tmp_path / "run").exists()
+
+
+def test_what_accelerate_launch_sets_by_default_is_accepted(monkeypatch):
+    sets = {"MIXED_PRECISION": "no", "DYNAMO_BACKEND": "NO", "DYNAMO_MODE": "default", "USE_CPU": "False"}
+    sets |= {"GRADIENT_ACCUMULATION_STEPS": "1", "USE_DEEPSPEED": "false", "USE_FSDP": "false"}
+    for name, value in sets.items():
+        monkeypatch.setenv(f"ACCELERATE_{name}", value)
+    assert start_ranks(1).gradient_accumulation_steps == 1
+
+
+# -------------------------------------------------------------------------------------------------- mixed precision
+
+
+@pytest.fixture
+def launched_with(monkeypatch):
+    """launched_with(precision): what follows runs as under a launcher that says so."""
+
+    def call(precision: str | None) -> None:
+        AcceleratorState._reset_state()
+        monkeypatch.delenv("ACCELERATE_MIXED_PRECISION", raising=False)
+        if precision:
+            monkeypatch.setenv("ACCELERATE_MIXED_PRECISION", precision)
+
+    yield call
+    AcceleratorState._reset_state()
+
+
+def test_mixed_precision_is_written_with_the_run_and_found_again(launched_with, evaluate, run, tmp_path):
+    """A run in bf16 said 18.8 %, and eval.py, which knew nothing of it, 18.0 %."""
+    launched_with("bf16")
+    out = run("half", iterations=1, eval_every=1)
+    last, before = out / "checkpoint-000001", out / "first_policy"
+    assert json.loads((out / "config.json").read_text())["mixed_precision"] == "bf16"
+    assert json.loads((last / "state.json").read_text())["mixed_precision"] == "bf16"
+    for launcher in (None, "no", "bf16"):  # python eval.py, accelerate launch eval.py
+        launched_with(launcher)
+        for player, row in ((last, 1), (before, 0), (out / "best", 1)):
+            (result,) = evaluate("--policy", str(player)).values()
+            assert eval_metrics(result).items() <= rows(out)[row].items()
+            assert start_ranks(1, mixed_precision=precision_of([str(player)])).mixed_precision == "bf16"
+    for launcher in (None, "no"):
+        launched_with(launcher)
+        with pytest.raises(checkpoint.CheckpointError, match=r"in mixed precision bf16.* launcher says no: res"):
+            run("half", iterations=2, resume=True)
+    launched_with("bf16")
+    run("half", iterations=2, resume=True)
+    state = json.loads((last / "state.json").read_text())
+    (last / "state.json").write_text(json.dumps({name: state[name] for name in state if name != "mixed_precision"}))
+    assert precision_of([str(last)]) == "bf16"  # of the run's own config.json
+
+
+@pytest.mark.parametrize(
+    ("runs", "launcher", "message"),
+    [
+        (["no"], "bf16", "a0/x says no and this launcher says bf16"),
+        (["bf16", "no"], "no", "a0/x says bf16 and .*a1/x says no"),
+    ],
+)
+def test_precisions_that_differ_are_refused_in_one_line(runs, launcher, message, launched_with, tmp_path, evaluate):
+    for number, precision in enumerate(runs):
+        (tmp_path / f"a{number}" / "x").mkdir(parents=True)
+        (tmp_path / f"a{number}" / "x" / "state.json").write_text(json.dumps({"mixed_precision": precision}))
+    launched_with(launcher)
+    players = [str(tmp_path / f"a{number}" / "x") for number in range(len(runs))]
+    with pytest.raises(RecordError, match=message) as end:
+        evaluate(*(["--compare", *players] if len(players) > 1 else ["--policy", *players]), "--env", "coin")
+    assert "\n" not in str(end.value)
 
 
 # ---------------------------------------------------------------------------------------------------------- threads
