@@ -2,6 +2,8 @@
 
 All ranks hold the whole batch and take every n-th row of each mini-batch. The normaliser of a loss is that of the whole
 mini-batch, so its gradient is the same however the rows are divided into micro-batches and among ranks.
+
+Not covered: a mixture-of-experts model trains without its router loss (load balancing).
 """
 
 import math
@@ -16,7 +18,8 @@ from torch import Tensor
 
 from config import TrainConfig
 from empg import aggregate, kl_k3, loss_normalizer, policy_loss, spread
-from engine.ranks import explain_out_of_memory, gradient_sync, prepare_frozen, to_float
+from engine.ranks import explain_out_of_memory, gradient_sync, prepare_frozen, to_float, weights_for_sampling
+from engine.sampler import require_exact_sampling
 from engine.scorer import make_scorable
 from episode import Batch, Episode
 from policy import Policy, load_policy
@@ -45,6 +48,8 @@ def make_learner(config: TrainConfig, accelerator: Accelerator, path: str, first
     optimizer = torch.optim.AdamW(policy.model.parameters(), lr=config.learning_rate, weight_decay=0.0)
     model, optimizer = accelerator.prepare(policy.model, optimizer)
     policy.model = accelerator.unwrap_model(model)
+    with weights_for_sampling(accelerator, policy.model):
+        require_exact_sampling(policy, config.max_tokens)
     reference = None
     if config.kl_coef:
         reference = prepare_frozen(accelerator, make_scorable(load_policy(first).model))
