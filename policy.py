@@ -10,8 +10,8 @@ Decisions about templates:
 - Qwen3's template writes an empty <think> block into the last response and drops the blocks of earlier ones. Here
   nothing is inserted: a block that the policy samples stays in the conversation, and one that it does not is not there.
 
-Not covered: ZeRO-3; the router loss of mixture-of-experts models, no router loss is added; attention or positions that
-the sampler does not support, such as linear attention and ALiBi, which engine/sampler.py refuses at load.
+Not covered: ZeRO-3. A mixture of experts trains with no router loss. engine/sampler.py refuses models whose attention
+or positions it does not support, such as linear attention, and sliding windows that are shorter than an episode.
 """
 
 import json

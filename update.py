@@ -2,8 +2,6 @@
 
 All ranks hold the whole batch and take every n-th row of each mini-batch. The normaliser of a loss is that of the whole
 mini-batch, so its gradient is the same however the rows are divided into micro-batches and among ranks.
-
-Not covered: a mixture-of-experts model trains without its router loss (load balancing).
 """
 
 import math

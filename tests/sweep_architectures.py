@@ -18,7 +18,6 @@ import argparse
 import collections
 import functools
 import logging
-import math
 import warnings
 
 import torch
@@ -122,18 +121,20 @@ def captured_minus_plain(policy: Policy, episode: Episode) -> float:
 def verdict(model: torch.nn.Module) -> tuple[str, str]:
     """A word of the list above, and why."""
     policy = Policy(model, tokenizer())
-    difference = math.inf
     try:
         require_exact_sampling(policy, MAX_TOKENS)
+    except PolicyError as error:
+        return ("TRACEBACK" if "\n" in str(error) else "refused"), str(error)
+    try:
         difference = max(captured_minus_plain(policy, episode) for episode in play(policy))
+        if not difference <= 1e-4:
+            return "WRONG", f"{difference:.1e}"
         make_scorable(model)
     except PolicyError as error:
-        if difference <= 1e-4:
-            return "exact", f"{difference:.1e}; eval.py only: {error}"
-        return ("refused" if "\n" not in str(error) else "TRACEBACK"), str(error)
+        return "exact", f"{difference:.1e}; eval.py only: {error}"
     except Exception as error:
         return "TRACEBACK", f"{type(error).__name__}: {error}".splitlines()[0]
-    return ("exact" if difference <= 1e-4 else "WRONG"), f"{difference:.1e}"
+    return "exact", f"{difference:.1e}"
 
 
 def tiny_model_of(name: str, **options) -> torch.nn.Module:
@@ -175,6 +176,8 @@ def main() -> None:
         words[word] += 1
         print(f"{name:32} {word:10} {reason[:190]}", flush=True)
     print(dict(words))
+    if words["WRONG"] or words["TRACEBACK"] or (len(asked.types) > 100 and words["exact"] < 40):
+        raise SystemExit(1)
 
 
 if __name__ == "__main__":
