@@ -125,15 +125,13 @@ def verdict(model: torch.nn.Module) -> tuple[str, str]:
         require_exact_sampling(policy, MAX_TOKENS)
     except PolicyError as error:
         return ("TRACEBACK" if "\n" in str(error) else "refused"), str(error)
+    difference = max(captured_minus_plain(policy, episode) for episode in play(policy))
+    if not difference <= 1e-4:
+        return "WRONG", f"{difference:.1e}"
     try:
-        difference = max(captured_minus_plain(policy, episode) for episode in play(policy))
-        if not difference <= 1e-4:
-            return "WRONG", f"{difference:.1e}"
         make_scorable(model)
     except PolicyError as error:
         return "exact", f"{difference:.1e}; eval.py only: {error}"
-    except Exception as error:
-        return "TRACEBACK", f"{type(error).__name__}: {error}".splitlines()[0]
     return "exact", f"{difference:.1e}"
 
 
@@ -158,7 +156,10 @@ def try_type(name: str, **options) -> tuple[str, str]:
         model = tiny_model_of(name, **options)
     except Exception as error:
         return "not built", f"{type(error).__name__}: {error}".replace("\n", " ")
-    return verdict(model)
+    try:
+        return verdict(model)
+    except Exception as error:
+        return "TRACEBACK", f"{type(error).__name__}: {error}".splitlines()[0]
 
 
 def main() -> None:
