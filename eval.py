@@ -30,10 +30,11 @@ from config import EvalConfig, TrainConfig, fail, given_flags, parse_config
 from engine.checkpoint import evaluation_of, world_settings
 from engine.ranks import explain_out_of_memory, play_over_ranks, start_ranks, weights_for_sampling
 from engine.record import naming_the_file, precision_of, require_writable
+from engine.sampler_check import require_exact_sampling
 from engine.world_errors import require_steps
 from envs import PLAYERS, Env, example, held_out_splits, make_envs
 from episode import Episode, Task, save_episodes
-from policy import Policy, load_policy, require_context
+from policy import Policy, load_policy
 from rollout import play_scripted, rollout
 
 # --------------------------------------------------------------------------------------------------------- playing
@@ -64,6 +65,15 @@ def first_tasks(env: Env, name: str, split: str, number: int) -> list[Task]:
     """The first `number` tasks of a split, each once; all of them if there are fewer."""
     size = env.size(split)
     return [Task(name, split, seed) for seed in range(number if size is None else min(number, size))]
+
+
+def load_player(path: str, config: EvalConfig | TrainConfig, accelerator: Accelerator) -> Policy:
+    """The policy of a folder or a hub id, on this device. Raises PolicyError if it cannot be loaded or sampled from."""
+    policy = load_policy(path)
+    policy.model.to(accelerator.device)
+    with weights_for_sampling(accelerator, policy.model):
+        require_exact_sampling(policy, config.max_tokens)
+    return policy
 
 
 @explain_out_of_memory("sampling", "lower --batch_size")
@@ -245,12 +255,8 @@ def run(config: EvalConfig, accelerator: Accelerator) -> None:
     for file in files:
         require_writable(file.parent)
     names = config.compare or [config.policy]
-    players = [name if name in PLAYERS else load_policy(name) for name in names]
-    policies = [player for player in players if isinstance(player, Policy)]
-    for policy in policies:
-        require_context(policy, config.max_tokens)
-        policy.model.to(accelerator.device)
-    envs = open_envs(config, config.batch_size if policies else 1, config.split)
+    players = [name if name in PLAYERS else load_player(name, config, accelerator) for name in names]
+    envs = open_envs(config, config.batch_size if set(names) - set(PLAYERS) else 1, config.split)
     splits = config.split or [split for split in held_out_splits(config.env) if has_tasks(envs[0], split)]
     tasks = [task for split in splits for task in first_tasks(envs[0], config.env, split, config.tasks)]
     if not tasks:

@@ -42,7 +42,6 @@ from envs import Env
 from episode import Batch, Episode, collate
 from eval import evaluate, first_tasks, open_envs, percent, summarize, table
 from imitate import count_parameters, first_policy
-from policy import require_context
 from rollout import rollout, train_task
 from update import Learner, make_learner, update
 
@@ -219,7 +218,6 @@ def prepare(config: TrainConfig, accelerator: Accelerator, env: Env, checkpoint:
     if accelerator.is_main_process:
         link_first_policy(link, first)
     learner = make_learner(config, accelerator, str(checkpoint or first), first)
-    require_context(learner.policy, config.max_tokens)
     if checkpoint:
         restore(checkpoint, learner.policy, learner.optimizer)
     return learner

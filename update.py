@@ -15,7 +15,15 @@ from torch import Tensor
 
 from config import TrainConfig
 from empg import aggregate, kl_k3, loss_normalizer, policy_loss, spread
-from engine.ranks import explain_out_of_memory, gradient_sync, micro_batches, prepare_frozen, to_float
+from engine.ranks import (
+    explain_out_of_memory,
+    gradient_sync,
+    micro_batches,
+    prepare_frozen,
+    to_float,
+    weights_for_sampling,
+)
+from engine.sampler_check import require_exact_sampling
 from engine.scorer import checkpoint_layers, make_scorable
 from engine.stopping import require_finite
 from episode import Batch
@@ -45,6 +53,8 @@ def make_learner(config: TrainConfig, accelerator: Accelerator, path: str, first
     optimizer = torch.optim.AdamW(policy.model.parameters(), lr=config.learning_rate, weight_decay=0.0)
     model, optimizer = accelerator.prepare(policy.model, optimizer)
     policy.model = accelerator.unwrap_model(model)
+    with weights_for_sampling(accelerator, policy.model):
+        require_exact_sampling(policy, config.max_tokens)
     reference = None
     if config.kl_coef:
         reference = prepare_frozen(accelerator, make_scorable(load_policy(first).model))

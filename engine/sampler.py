@@ -2,9 +2,9 @@
 
 The plain version: `model.generate(ids)` for every turn, with the log-prob and entropy of every token kept.
 
-The file's order: the cache, the buffers of a decode step, the sampler. A turn of the sampler has three parts. `_read`
-feeds the tokens that the model has not read yet, many at a time. `_draw` samples a token for each row from the logits.
-`_decode`, the decode step, feeds that token and draws the next one.
+The file's order: the cache, the buffers of a decode step, the sampler. A turn of the sampler has
+three parts. `_read` feeds the tokens that the model has not read yet, many at a time. `_draw` samples a token for each
+row from the logits. `_decode`, the decode step, feeds that token and draws the next one.
 
 On a GPU, Python takes longer to launch the kernels of a decode step than the GPU takes to run them. So the decode step
 is captured as a CUDA graph and replayed. A graph repeats the same kernels on the same shapes at the same addresses.
@@ -147,6 +147,8 @@ class Sampler:
         self.max_step_tokens, self.max_tokens = max_step_tokens, max_tokens
         self.stops = torch.tensor(policy.stop_ids, device=policy.model.device)
         self.rounding = ROUNDING.get(policy.model.device.type, ROUNDING["cpu"])
+        # Eager attention adds the mask to the scores. A boolean one would add 1 for tokens that are seen, 0 for others.
+        self.adds_mask = policy.model.config.get_text_config()._attn_implementation == "eager"
         self.cache = DynamicCache(config=policy.model.config)
         self.cache.layers = [SlotLayer() for _ in self.cache.layers]
         self.graphs: dict[tuple[int, int], torch.cuda.CUDAGraph] = {}  # of a decode step, by rows and columns
@@ -253,10 +255,12 @@ class Sampler:
         for layer in self.cache.layers:
             layer.rows, layer.slots, layer.columns = rows, slots, columns
         positions = slots.clamp(min=0)
-        causal = torch.arange(columns, device=slots.device) <= positions[:, None, :, None]  # (B, 1, n, columns)
+        mask = torch.arange(columns, device=slots.device) <= positions[:, None, :, None]  # (B, 1, n, columns)
+        if self.adds_mask:
+            mask = torch.zeros_like(mask, dtype=self.policy.model.dtype).masked_fill_(~mask, -math.inf)
         output = self.policy.model(
             input_ids=ids,
-            attention_mask=causal,
+            attention_mask=mask,
             position_ids=positions,
             past_key_values=self.cache,
             use_cache=True,

@@ -64,11 +64,15 @@ def _require_plain_head(model: nn.Module, head: nn.Module) -> None:
         raise PolicyError("the update cannot use this model: its lm_head is not a linear layer without bias")
     if head.weight.is_meta:  # sharded loading: only the main process has the weights, and it makes this comparison
         return
-    with torch.no_grad():
-        ids = torch.arange(1, 9, device=head.weight.device)[None]
-        logits, hidden = model(input_ids=ids).logits, model.base_model(input_ids=ids).last_hidden_state
-        if not torch.equal(logits, head(hidden)):
-            raise PolicyError("the update cannot use this model: its logits are not lm_head of the last hidden state")
+    ids = torch.arange(1, 9, device=head.weight.device)[None]
+    try:
+        with torch.no_grad():
+            plain = torch.equal(model(input_ids=ids).logits, head(model.base_model(input_ids=ids).last_hidden_state))
+    except Exception as error:  # Llama 4's base model is the model itself, and returns no hidden state
+        reason = (str(error).strip() or type(error).__name__).splitlines()[0]
+        raise PolicyError(f"the update cannot use this model: {reason}") from error
+    if not plain:
+        raise PolicyError("the update cannot use this model: its logits are not lm_head of the last hidden state")
 
 
 class ScoringHead(nn.Linear):

@@ -38,11 +38,11 @@ from engine.scorer import make_scorable
 from engine.world_errors import require_none_aborted
 from envs import Env
 from episode import Batch, Episode, Task, collate
-from eval import open_envs
+from eval import load_player, open_envs
 from paper.rows import METHODS
 from paper.study import ROOT, credit_of, machine, rounded
 from paper.value import play_continuations, values
-from policy import Policy, load_policy
+from policy import Policy
 from rollout import rollout
 from train import assign_credit, score
 from update import sampled_logp
@@ -318,11 +318,11 @@ def run_credit(credit: CreditConfig) -> None:
     saved = json.loads((run / "config.json").read_text())
     config = TrainConfig(**saved["config"])
     config = replace(config, env_args=world_settings(run, config.env, config.env_args, credit.env_args))
-    Accelerator(cpu=True)
+    accelerator = Accelerator(cpu=True)
     torch.set_num_threads(config.threads or torch.get_num_threads())
     folder = checkpoint_path(run, credit.checkpoint) if credit.checkpoint else run / "first_policy"
     envs = open_envs(config, config.batch_size, ["train"])
-    row, kept = measure_credit(credit, config, load_policy(str(folder)), envs)
+    row, kept = measure_credit(credit, config, load_player(str(folder), config, accelerator), envs)
     about = {"world": config.env, "seed": config.seed, "empg": config.empg, "checkpoint": credit.checkpoint}
     about |= {"algorithm": config.algorithm}
     about |= {"commit": revision(), "machine": machine(), "train": flags_of(config)}

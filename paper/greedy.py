@@ -19,10 +19,9 @@ from transformers.hf_argparser import HfArg
 from config import TrainConfig, parse_config
 from engine.checkpoint import checkpoints
 from engine.record import revision
-from eval import evaluate, first_tasks, open_envs, parse_eval_config, summarize
+from eval import evaluate, first_tasks, load_player, open_envs, parse_eval_config, summarize
 from paper.rows import RESULTS, Row, read_file
 from paper.study import TASKS, WORLDS, machine, rounded
-from policy import load_policy
 
 FIRST = "first"  # in the place of a method: the warm start, which all methods of a seed share
 
@@ -51,7 +50,8 @@ def greedy_row(run: Path, first: bool) -> Row:
     torch.set_num_threads(config.threads)
     envs = open_envs(config, config.batch_size, config.split)
     tasks = first_tasks(envs[0], config.env, *config.split, config.tasks)
-    played = evaluate(load_policy(policy), envs, tasks, config, Accelerator(cpu=True))
+    accelerator = Accelerator(cpu=True)
+    played = evaluate(load_player(policy, config, accelerator), envs, tasks, config, accelerator)
     return rounded(
         {
             "world": world,

@@ -17,8 +17,8 @@ from empg import expected_score_norm, kl_k3, step_entropy, token_logp_and_entrop
 from engine.checkpoint import checkpoints
 from envs import held_out_splits
 from episode import Episode, collate, load_episodes
-from eval import evaluate, first_tasks, has_tasks, open_envs, summarize
-from policy import Policy, load_policy
+from eval import evaluate, first_tasks, has_tasks, load_player, open_envs, summarize
+from policy import Policy
 
 BINS = 20  # of the entropy percentiles and of the histogram of H_norm
 TEXTS = 64  # episodes of the first policy on which entropies are compared
@@ -32,8 +32,9 @@ def measure(config: TrainConfig, tasks: int) -> dict:
     """
     run = Path(config.out)
     envs = open_envs(config, config.batch_size, ["train", *held_out_splits(config.env)])
-    first, last = (load_policy(str(folder)) for folder in (run / "first_policy", checkpoints(run)[-1]))
     accelerator = Accelerator(cpu=True)
+    folders = run / "first_policy", checkpoints(run)[-1]
+    first, last = (load_player(str(folder), config, accelerator) for folder in folders)
     splits = [split for split in held_out_splits(config.env) if has_tasks(envs[0], split)]
     held_out = [task for split in splits for task in first_tasks(envs[0], config.env, split, tasks)]
     played = evaluate(last, envs, held_out, config, accelerator)

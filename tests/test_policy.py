@@ -9,7 +9,7 @@ from functools import partial
 import pytest
 import torch
 from tokenizers import AddedToken, Regex, Tokenizer, normalizers, pre_tokenizers
-from transformers import AutoModelForCausalLM, AutoTokenizer, MistralConfig, PreTrainedTokenizerFast, Qwen2Config
+from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenizerFast, Qwen2Config
 from transformers.utils import chat_template_utils
 
 from envs import careless_player, make_envs
@@ -459,18 +459,3 @@ def test_episodes_longer_than_the_positions_of_the_model_are_refused(tiny):
     require_context(tiny, 8192)
     with pytest.raises(PolicyError, match="the model has 8192 positions; --max_tokens 8193 must not be more"):
         require_context(tiny, 8193)
-
-
-@pytest.mark.parametrize("window", [{"sliding_window": 32}, {"sliding_window": None}], ids=str)
-def test_a_model_with_a_sliding_window_is_refused(tmp_path, tiny, window):
-    """The sampler has no window: the log-probabilities of a small Mistral were wrong by 2 nats."""
-    config = MistralConfig(
-        vocab_size=len(tiny.tokenizer), hidden_size=16, intermediate_size=16, num_hidden_layers=1,
-        num_attention_heads=2, num_key_value_heads=1, **window,
-    )  # fmt: skip
-    Policy(AutoModelForCausalLM.from_config(config), tiny.tokenizer).save(tmp_path)
-    if window["sliding_window"] is None:
-        assert load_policy(str(tmp_path)).model.config.model_type == "mistral"
-    else:
-        with pytest.raises(PolicyError, match="full attention in every layer"):
-            load_policy(str(tmp_path))
