@@ -14,8 +14,9 @@ Decisions about templates:
 - Qwen3's template writes an empty <think> block into the last response and drops the blocks of earlier ones. Here
   nothing is inserted: a block that the policy samples stays in the conversation, and one that it does not is not there.
 
-Not covered: ZeRO-3. A mixture of experts trains with no router loss. engine/sampler_check.py refuses models whose attention
-or positions it does not support, such as linear attention, and sliding windows that are shorter than an episode.
+Not covered: ZeRO-3. A mixture of experts trains with no router loss. engine/sampler_check.py refuses models whose
+attention or positions the sampler does not support, such as linear attention, and sliding windows that are shorter than
+an episode.
 """
 
 import json

@@ -1,4 +1,4 @@
-"""Is the sampler right for a model? It keeps a cache of its own, so it is compared with the model when one is loaded."""
+"""Is the sampler right for a model? It keeps its own cache, so the two are compared when the model is loaded."""
 
 import re
 
