@@ -2,7 +2,7 @@
 
     accelerate launch train.py                                       the tiny model in the House world, on a laptop
     accelerate launch train.py --no_empg --out out/grpo              the baseline under it
-    accelerate launch train.py --policy Qwen/Qwen2.5-1.5B-Instruct   a real model
+    accelerate launch train.py --policy Qwen/Qwen2.5-1.5B-Instruct --example --learning_rate 1e-6    a real model
     accelerate launch train.py --resume                              resume the run in --out
     torchrun --nproc_per_node 2 train.py                             two processes, with or without GPUs
     torchrun --nproc_per_node 2 train.py --fsdp                      each of them with half of the model

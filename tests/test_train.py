@@ -486,7 +486,7 @@ def test_defaults_fit_the_policy_each_can_be_set_and_the_header_says_them(tmp_pa
     )
     Record(config, Accelerator(cpu=True)).header(1_000_000)
     said = "learning_rate 1e-05, max_step_tokens 128, max_tokens 777, demonstrations 64, imitation_rate 0.0001, "
-    assert said + "imitation_passes 2; cpu" in capsys.readouterr().out
+    assert said + "imitation_passes 1; cpu" in capsys.readouterr().out
     with pytest.raises(SystemExit):
         parse_config(TrainConfig, ["--help"])
     text = " ".join(capsys.readouterr().out.split())
