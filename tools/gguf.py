@@ -27,12 +27,13 @@ def find_gguf(source: str) -> Path:
 
 def convert(source: str, out: str) -> None:
     file = find_gguf(source)
-    read = {"pretrained_model_name_or_path": str(file.parent), "gguf_file": file.name}
+    read = {"pretrained_model_name_or_path": str(file.parent), "gguf_file": file.name, "trust_remote_code": False}
     model = AutoModelForCausalLM.from_pretrained(**read, dtype=torch.float32)
     # transformers takes this model for a quantized one and refuses to save it. So its weights go into a new model.
     settings = model.config.to_dict()
     settings.pop("quantization_config", None)
-    plain = AutoModelForCausalLM.from_config(type(model.config)(**settings), dtype=torch.float32)
+    config = type(model.config)(**settings)
+    plain = AutoModelForCausalLM.from_config(config, dtype=torch.float32, trust_remote_code=False)
     plain.load_state_dict(model.state_dict())
     plain.generation_config = model.generation_config
     plain.save_pretrained(out)
