@@ -21,7 +21,7 @@ SPECIAL_TOKENS = ["<|pad|>", "<|system|>", "<|user|>", "<|assistant|>", "<|end|>
 
 @dataclass(frozen=True)
 class TinyConfig:
-    """Sizes of the tiny model and hyperparameters of its imitation."""
+    """Sizes of the tiny model."""
 
     vocab_size: int = 1024  # at most; a small world has fewer words
     hidden_size: int = 64
@@ -29,8 +29,6 @@ class TinyConfig:
     heads: int = 4
     intermediate_size: int = 192
     initializer_range: float = 0.1  # the usual 0.02 is for wide models; with it this one hardly learns to copy names
-    batch_size: int = 4  # dialogues
-    learning_rate: float = 4e-3  # peak: 10 % linear warm-up, constant, linear decay over the last 20 %
 
 
 def tiny_tokenizer(dialogues: list[Dialogue], vocab_size: int) -> PreTrainedTokenizerFast:

@@ -2,7 +2,7 @@
 
     accelerate launch train.py                                       the tiny model in the House world, on a laptop
     accelerate launch train.py --no_empg --out out/grpo              the baseline under it
-    accelerate launch train.py --policy Qwen/Qwen2.5-1.5B-Instruct   a real model
+    accelerate launch train.py --policy Qwen/Qwen2.5-1.5B-Instruct --example --learning_rate 1e-6    a real model
     accelerate launch train.py --resume                              resume the run in --out
     torchrun --nproc_per_node 2 train.py                             two processes, with or without GPUs
     torchrun --nproc_per_node 2 train.py --fsdp                      each of them with half of the model
@@ -78,7 +78,8 @@ def iterate(
             record.spent_on("learn")
 
             # 7 log
-            metrics |= episode_metrics(batch.episodes, config.group_size) | step_metrics(credit) | update_metrics(sums)
+            metrics |= episode_metrics(batch.episodes, config.group_size, metrics.pop("episode/errors"))
+            metrics |= step_metrics(credit) | update_metrics(sums)
             if config.is_evaluated(state.iteration):
                 record.episodes(state.iteration, batch, credit, learner.policy.tokenizer)
 
@@ -110,8 +111,9 @@ def sample_groups(
     if len(kept) < wanted and learner.accelerator.is_main_process:
         few = f"dynamic sampling: of {used} groups only {len(kept)} differ in success; training on these"
         tqdm.write(few if solved else f"environments aborted all {errors} episodes; nothing is trained")
-    metrics = {"group/tasks_used": used, "group/kept": len(kept), "episode/errors": errors}
-    return kept, metrics | ({"group/success": sum(solved) / len(solved)} if solved else {})
+    metrics = {"group/tasks_used": used, "group/kept": len(kept)}
+    metrics |= {"group/success": sum(solved) / len(solved)} if solved else {}
+    return kept, metrics | {"episode/errors": errors}
 
 
 @explain_out_of_memory("sampling", "lower --batch_size")

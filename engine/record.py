@@ -20,7 +20,7 @@ from accelerate.utils import gather_object
 from filelock import FileLock, Timeout
 from tqdm import tqdm
 
-from config import TrainConfig
+from config import POLICIES, TrainConfig
 from empg import Modulation
 from engine.figures import draw_curves, read_metrics
 from engine.ranks import COMPUTE
@@ -34,10 +34,11 @@ class RecordError(SystemExit):
 # --------------------------------------------------------------------------------------------------------- metrics
 
 
-def episode_metrics(episodes: list[Episode], group_size: int) -> dict:
+def episode_metrics(episodes: list[Episode], group_size: int, errors: int) -> dict:
     """Means over the episodes, groups and steps of all ranks, without what an environment aborted.
 
-    Groups are consecutive episodes. One in which fewer than two are left counts as equal in reward.
+    Groups are consecutive episodes. One in which fewer than two are left counts as equal in reward.  errors: number of
+    aborted episodes among all that were sampled.
     """
     groups = [episodes[first : first + group_size] for first in range(0, len(episodes), group_size)]
     rewards = [{episode.reward for episode in group if not episode.aborted} for group in groups]
@@ -51,6 +52,7 @@ def episode_metrics(episodes: list[Episode], group_size: int) -> dict:
         "episode/tokens": sum(len(episode.ids) for episode in episodes) / len(episodes),
         "episode/invalid_frac": sum(not step.valid for step in steps) / max(1, len(steps)),
         "episode/truncated_frac": sum(episode.truncated for episode in episodes) / len(episodes),
+        "episode/errors": errors,
     }
 
 
@@ -125,12 +127,13 @@ class Record:
                 raise RecordError(f"another run is writing to {self.out}; choose another folder with --out") from None
 
     def header(self, parameters: int) -> None:
-        """One line that says what is going to run, before anything slow."""
+        """One line that says what is going to run, with the flags that depend on the policy, before anything slow."""
         config, device = self.config, self.accelerator.device.type
         threads = f", {torch.get_num_threads()} threads" if device == "cpu" else ""
         place = f"{device}{threads}, {self.accelerator.num_processes} process(es)"
         batch = f"{config.tasks_per_iteration} tasks x {config.group_size} episodes"
-        self.say(f"{config.policy}, {parameters / 1e6:.2f}M parameters; {place}; {batch}; {config.out}")
+        flags = ", ".join(f"{name} {getattr(config, name):g}" for name in POLICIES[config.policy_kind])
+        self.say(f"{config.policy}, {parameters / 1e6:.2f}M parameters; {flags}; {place}; {batch}; {config.out}")
 
     def open(self, last: int) -> None:
         """Write config.json, and delete the rows after iteration `last`; the resumed run writes them again. -1 deletes

@@ -23,7 +23,7 @@ from engine import record
 from engine.checkpoint import checkpoints
 from envs import careless_player, make_envs
 from episode import Episode, Task
-from imitate import dialogue, imitate
+from imitate import Imitation, dialogue, imitate
 from policy import Policy
 from rollout import play_scripted, rollout
 from tiny import TinyConfig, tiny_policy
@@ -53,7 +53,7 @@ def house_policy() -> Policy:
     played = play_scripted(env, [Task("house", "train", seed) for seed in range(60)], careless_player(0.3), seed=0)
     dialogues = [dialogue(env.instructions, episode) for episode in played]
     policy = tiny_policy(dialogues, config, seed=0)
-    imitate(policy, dialogues, config)
+    imitate(policy, dialogues, Imitation(learning_rate=4e-3))
     return policy
 
 

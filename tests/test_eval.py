@@ -281,7 +281,7 @@ def test_a_checkpoint_is_played_the_same_in_batches_of_any_size(main, house_poli
         (["--tasks", "0"], "tasks must be at least 1, got 0"),
         (["--tasks", "some"], "argument --tasks: invalid int value: 'some'"),
         (["--batch-size", "0"], "batch_size must be at least 1, got 0"),
-        (["--max-tokens", "64"], "max_tokens must be above 64, got 64"),
+        (["--max-tokens", "128"], "max_tokens must be above 128, got 128"),
         (["--max-step-tokens", "0"], "max_step_tokens must be at least 1, got 0"),
         (["--seed", "-1"], "seed must be at least 0, got -1"),
         (["--temperature", "-0.5"], "temperature must be at least 0, got -0.5"),

@@ -1,16 +1,26 @@
 """The cold start: the seed decides the weights, a policy is built once, and imitation learns responses only."""
 
+import json
+import os
+from dataclasses import replace
+from types import SimpleNamespace
+
 import pytest
 import tokenizers
 import torch
+from accelerate import Accelerator
+from conftest import flags_of, launch
 from torch.nn import functional as F
 
 import imitate as module
-from imitate import imitate, warm_start
-from policy import Dialogue, Policy, load_policy
+from config import TrainConfig
+from eval import open_envs
+from imitate import Imitation, imitate, warm_start
+from policy import Dialogue, Policy, PolicyError, load_policy
 from tiny import TinyConfig, tiny_policy
 
-TINY = TinyConfig(vocab_size=320, hidden_size=16, layers=1, intermediate_size=32, batch_size=2)
+TINY = TinyConfig(vocab_size=320, hidden_size=16, layers=1, intermediate_size=32)
+HOW = Imitation(learning_rate=4e-3, batch_size=2)
 TOLD = [["RULES OF THE GAME", "LEFT OR RIGHT", "left or right", *["ONCE MORE", "once more"] * n] for n in range(1, 5)]
 
 
@@ -21,10 +31,28 @@ def equal_weights(one: Policy, other: Policy) -> bool:
 
 @pytest.fixture
 def build(tmp_path):
-    """build(definition, dialogues, ...) makes a warm start in tmp_path/cache."""
+    """build(definition, cache) makes a warm start in tmp_path/cache."""
 
-    def call(definition="coin", dialogues=TOLD, config=TINY, seed=0, cache="cache"):
-        return warm_start({"world": definition}, lambda: dialogues, config, seed, tmp_path / cache)
+    def call(definition="coin", cache="cache"):
+        def make() -> Policy:
+            policy = tiny_policy(TOLD, TINY, seed=0)
+            module.imitate(policy, TOLD, HOW)
+            return policy
+
+        return warm_start({"world": definition}, make, tmp_path / cache)
+
+    return call
+
+
+@pytest.fixture
+def definition(tmp_path, monkeypatch):
+    """definition(flags) is what names the folder of a cold start in the coin world. Nothing is imitated."""
+    monkeypatch.setattr(module, "warm_start", lambda definition, make, cache: json.dumps(definition))
+
+    def call(policy="tiny", accelerator=None, **flags):
+        config = TrainConfig(**{"env": "coin", "policy": str(policy), "demonstrations": 8} | flags)
+        (env,) = open_envs(config, 1, ["train"])
+        return module.first_policy(config, accelerator or Accelerator(cpu=True), env)
 
     return call
 
@@ -48,17 +76,62 @@ def test_a_warm_start_is_the_same_in_every_cache_built_once_and_then_plays_nothi
     assert one.name == other.name
     assert equal_weights(load_policy(str(one)), load_policy(str(other)))
     times = {path: path.stat().st_mtime_ns for path in (one, *one.iterdir())}
-    assert warm_start({"world": "coin"}, None, TINY, 0, tmp_path / "one") == one  # None cannot be called
+    assert warm_start({"world": "coin"}, None, tmp_path / "one") == one  # None cannot be called
     assert {path: path.stat().st_mtime_ns for path in (one, *one.iterdir())} == times
     assert list((tmp_path / "one").iterdir()) == [one]
 
 
-def test_every_part_of_the_definition_counts(build, monkeypatch):
-    monkeypatch.setattr(module, "imitate", lambda *_: None)
-    folders = [build(), build("house"), build(seed=1), build(config=TinyConfig(**vars(TINY) | {"learning_rate": 1e-3}))]
-    monkeypatch.setattr(tokenizers, "__version__", "0.0.0")
-    folders.append(build())
-    assert len(set(folders)) == len(folders)
+def test_what_the_cold_start_depends_on_names_its_folder(build, definition, monkeypatch, tmp_path):
+    """--example was not in the name: the tiny model of a run without an example was taken for one with it."""
+    one, other = build(), build("house")
+    with monkeypatch.context() as patch:
+        patch.setattr(tokenizers, "__version__", "0.0.0")
+        assert len({one, other, build()}) == 3
+    load_policy(str(one)).save(tmp_path / "mine")
+    flags = [{}, {"demonstrations": 12}, {"slip": 0.3}, {"seed": 1}, {"env_args": ["max_steps=3"]}, {"example": True}]
+    flags += [{"imitation_rate": 1e-3}, {"imitation_passes": 3}]
+    for policy, more in (("tiny", []), (tmp_path / "mine", [{"max_tokens": 500}, {"micro_batch_tokens": 999}])):
+        names = [definition(policy, **changed) for changed in flags + more]
+        assert len(set(names)) == len(names)
+    before = definition(tmp_path / "mine")
+    precision = SimpleNamespace(mixed_precision="bf16", device=torch.device("cpu"), is_main_process=True)
+    assert definition(tmp_path / "mine", precision) != before
+    assert definition("tiny", precision) == definition("tiny")  # it is the same wherever it is trained
+    os.utime(tmp_path / "mine" / "model.safetensors", (1, 1))
+    assert definition(tmp_path / "mine") != before
+
+
+def test_a_pretrained_policy_imitates_only_if_it_is_told_to(definition, tmp_path):
+    assert definition(tmp_path, demonstrations=None) == str(tmp_path)
+    assert definition(tmp_path, demonstrations=0) == str(tmp_path)
+    with pytest.raises(ValueError, match="demonstrations must be at least 4, got 0"):
+        definition("tiny", demonstrations=0)
+
+
+def test_what_training_would_refuse_is_refused_before_the_imitation(build, tmp_path, monkeypatch):
+    monkeypatch.setattr(module, "demonstrations", None)  # whoever plays them would call it
+    flags = {"env": "coin", "policy": str(build()), "demonstrations": 8, "cache": str(tmp_path / "other")}
+    config = TrainConfig(**flags, max_tokens=8193)
+    with pytest.raises(PolicyError, match="8192 positions"):
+        module.first_policy(config, Accelerator(cpu=True), open_envs(config, 1, [])[0])
+
+
+def test_a_policy_of_any_folder_imitates_once_however_many_processes_there_are(build, tmp_path):
+    """`python imitate.py` prints the folder that train.py starts from. Two sharded ranks find that of one process."""
+    flags = {"env": "coin", "policy": build(), "demonstrations": 24, "max_tokens": 512, "cache": tmp_path / "other"}
+    alone = launch("imitate", *flags_of(flags))
+    assert alone.returncode == 0, alone.stderr[-2000:]
+    (folder,) = (tmp_path / "other").iterdir()
+    assert alone.stdout.splitlines()[-1] == str(folder)
+    flags["cache"] = tmp_path / "ranks"
+    ranks = launch("torch.distributed.run", "--nproc_per_node", "2", "imitate.py", *flags_of(flags), "--fsdp")
+    assert ranks.returncode == 0, ranks.stderr[-2000:]
+    assert ranks.stdout.count(str(tmp_path / "ranks" / folder.name)) == 1
+    one, other, first = (load_policy(str(path)) for path in (folder, tmp_path / "ranks" / folder.name, build()))
+    assert equal_weights(one, other)
+    assert not equal_weights(one, first)
+    nothing = launch("imitate", "--policy", str(folder))
+    assert nothing.stderr.splitlines()[-1].endswith("error: there is nothing to imitate: set --demonstrations")
 
 
 def test_a_killed_build_leaves_nothing_that_is_taken_for_whole(build, monkeypatch):
@@ -117,13 +190,33 @@ def losses(policy: Policy, dialogues: list[Dialogue]) -> tuple[float, float]:
     return sum(nll[True]) / len(nll[True]), sum(nll[False]) / len(nll[False])
 
 
-def test_imitation_learns_the_responses_and_not_the_observations():
+@pytest.mark.parametrize("precision", ["no", "bf16", "fp16"])
+def test_imitation_learns_the_responses_and_not_the_observations(precision):
     """Small letters are sampled and capital ones are not, so what is learned of one says nothing of the other: one
     loss falls below half and the other does not."""
     told = TOLD[:1] * 150
     policy = tiny_policy(told, TINY, seed=0)
     before = losses(policy, told[:1])
-    imitate(policy, told, TINY)
+    imitate(policy, told, replace(HOW, mixed_precision=precision))
     after = losses(policy, told[:1])
     assert after[0] < before[0] / 2
     assert after[1] > before[1] / 2
+
+
+def test_micro_batches_change_rounding_only_and_nothing_beyond_max_tokens_is_imitated():
+    policies = [tiny_policy(TOLD, TINY, seed=0) for _ in range(4)]
+    length = len(policies[0].dialogue(TOLD[0])[0])  # the shortest
+    longer = [[*texts, "NOT THIS", "nor this"] for texts in TOLD[:1] * 4]
+    imitate(policies[0], TOLD, HOW)
+    imitate(policies[1], TOLD, replace(HOW, micro_batch_tokens=length))
+    imitate(policies[2], TOLD[:1] * 4, HOW)
+    imitate(policies[3], longer, replace(HOW, max_tokens=length))
+    for one, other in zip(policies[0].model.parameters(), policies[1].model.parameters(), strict=True):
+        torch.testing.assert_close(one, other)
+    assert not equal_weights(policies[0], tiny_policy(TOLD, TINY, seed=0))
+    assert equal_weights(policies[2], policies[3])
+
+
+def test_weights_that_are_not_finite_are_not_kept():
+    with pytest.raises(SystemExit, match="not finite: lower --imitation_rate"):
+        imitate(tiny_policy(TOLD, TINY, seed=0), TOLD * 9, replace(HOW, learning_rate=1e30))

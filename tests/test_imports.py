@@ -27,7 +27,8 @@ GRAPH = {name: imports(tree) & set(TREES) for name, tree in TREES.items()}
 FLOORS = (
     ("tools", "paper", "examples"),
     ("train",),
-    ("eval", "update", "imitate"),
+    ("imitate",),
+    ("eval", "update"),
     ("rollout",),
     ("engine",),
     ("config",),

@@ -19,7 +19,7 @@ from policy import Dialogue, Policy, PolicyError, load_policy, require_context
 from rollout import play_scripted, rollout
 from tiny import SPECIAL_TOKENS, TinyConfig, tiny_policy, tiny_tokenizer
 
-TINY = TinyConfig(vocab_size=320, hidden_size=16, layers=1, intermediate_size=32, batch_size=2)
+TINY = TinyConfig(vocab_size=320, hidden_size=16, layers=1, intermediate_size=32)
 
 # As in Qwen2.5, without its tools and its default system turn.
 CHATML = (

@@ -131,9 +131,9 @@ def test_the_commands_name_files_and_flags_that_exist():
     for program, flags in commands:
         file = program if program.endswith((".py", ".sh")) else program.replace(".", "/") + ".py"
         assert (ROOT / file).exists(), file
-        if file in ("train.py", "eval.py"):
+        if file in ("train.py", "eval.py", "imitate.py"):
             flags = shlex.split(flags.replace("--env mine", ""), comments=True)
-            parse_config(TrainConfig if file == "train.py" else EvalConfig, flags)  # ends the program for unknown flags
+            parse_config(EvalConfig if file == "eval.py" else TrainConfig, flags)  # ends the program for unknown flags
 
 
 def test_the_results_are_those_of_the_results_page():

@@ -178,7 +178,7 @@ def run_cost(monkeypatch, capsys):
 def test_a_dry_run_reads_no_weights_and_names_what_it_would_load(large, run_cost):
     own = ["--processes", "8", "--mixed_precision", "bf16"]
     text = run_cost("--policy", str(large), *own, "--fsdp", "--gradient_checkpointing", "--kl_coef", "0.01")
-    for line in ("7,615,616,512 parameters", "8, FSDP2, mixed precision bf16", "64 episodes of at most 1,024 tokens"):
+    for line in ("7,615,616,512 parameters", "8, FSDP2, mixed precision bf16", "64 episodes of at most 2,048 tokens"):
         assert line in text
     assert "fits 80 GB" in text
 
