@@ -45,6 +45,8 @@ from rollout import train_task
 from worlds.coin import Coin
 
 ONE_UPDATE = {"iterations": 1, "epochs": 3, "eval_tasks": 1}
+# A folder counts as pretrained: what a cold start of the tiny model made is trained on without another one.
+AS_TINY = {"demonstrations": 0, "learning_rate": 4e-4}
 
 
 @pytest.fixture(scope="module")
@@ -129,7 +131,7 @@ def test_episodes_that_an_environment_aborted_are_counted_and_not_imitated(run, 
         return step(env, action)
 
     monkeypatch.setattr(Coin, "step", sometimes)
-    aborted = rows(run("aborted", iterations=1, policy=str(whole / "first_policy"), demonstrations=0))[-1]
+    aborted = rows(run("aborted", iterations=1, policy=str(whole / "first_policy"), **AS_TINY))[-1]
     assert 0 < aborted["episode/errors"] < SMALL["tasks_per_iteration"] * SMALL["group_size"]
     assert rows(whole)[-1]["episode/errors"] == 0
     every = 1
@@ -183,7 +185,7 @@ def test_episodes_that_an_environment_aborted_are_in_no_loss_and_in_no_statistic
 
     monkeypatch.setattr(train, "update", spy)
     monkeypatch.setattr(update, "micro_batch_loss", watch)
-    out = run("failing", iterations=1, policy=str(whole / "first_policy"), empg=empg, aggregation="token")
+    out = run("failing", iterations=1, policy=str(whole / "first_policy"), **AS_TINY, empg=empg, aggregation="token")
     ((batch, advantage),) = seen
     left = [row for row in range(12) if row not in {2, 4, 9, 10, 11}]
     assert [row for row, episode in enumerate(batch.episodes) if not episode.aborted] == left
@@ -225,7 +227,7 @@ def test_dynamic_sampling_looks_at_the_episodes_that_are_left(run, whole, failin
     """One success and seven errors was a group that differs."""
     failing({1, 2, 3, 5})
     monkeypatch.setattr(train, "MAX_ROUNDS", 1)
-    out = run("failing", iterations=1, policy=str(whole / "first_policy"), dynamic_sampling=True)
+    out = run("failing", iterations=1, policy=str(whole / "first_policy"), **AS_TINY, dynamic_sampling=True)
     assert rows(out)[1]["group/kept"] == 2
     assert rows(out)[1]["episode/errors"] == 4
     assert len(kept(out)) == 8
@@ -234,7 +236,7 @@ def test_dynamic_sampling_looks_at_the_episodes_that_are_left(run, whole, failin
 
 def test_a_batch_without_an_episode_left_trains_nothing_and_says_so(run, whole, failing, capsys, caplog):
     failing(set(range(12)), "down\nfor good")  # the next iteration's are played
-    out = run("failing", iterations=2, eval_every=1, policy=str(whole / "first_policy"))
+    out = run("failing", iterations=2, eval_every=1, policy=str(whole / "first_policy"), **AS_TINY)
     printed = capsys.readouterr().out
     assert caplog.text.count("ConnectionError: down for good") == 12
     assert printed.count("environments aborted all 12 episodes; nothing is trained") == 1
@@ -258,7 +260,7 @@ def test_a_reset_that_fails_is_an_error_of_the_world_too(run, whole, monkeypatch
         return reset(env, split, seed)
 
     monkeypatch.setattr(Coin, "reset", sometimes)
-    out = run("failing", iterations=1, policy=str(whole / "first_policy"))
+    out = run("failing", iterations=1, policy=str(whole / "first_policy"), **AS_TINY)
     assert rows(out)[1]["episode/errors"] == 3
     assert [row["modulation"]["base"] for row in kept(out)[1::4]] == [0, 0, 0]
     assert caplog.text.count("was aborted in step 0: OSError: no such game") == 3
