@@ -27,8 +27,8 @@ def find_gguf(source: str) -> Path:
 
 def convert(source: str, out: str) -> None:
     file = find_gguf(source)
-    read = {"pretrained_model_name_or_path": str(file.parent), "gguf_file": file.name, "trust_remote_code": False}
-    model = AutoModelForCausalLM.from_pretrained(**read, dtype=torch.float32)
+    folder, name = str(file.parent), file.name
+    model = AutoModelForCausalLM.from_pretrained(folder, gguf_file=name, dtype=torch.float32, trust_remote_code=False)
     # transformers takes this model for a quantized one and refuses to save it. So its weights go into a new model.
     settings = model.config.to_dict()
     settings.pop("quantization_config", None)
@@ -37,7 +37,7 @@ def convert(source: str, out: str) -> None:
     plain.load_state_dict(model.state_dict())
     plain.generation_config = model.generation_config
     plain.save_pretrained(out)
-    AutoTokenizer.from_pretrained(**read).save_pretrained(out)
+    AutoTokenizer.from_pretrained(folder, gguf_file=name, trust_remote_code=False).save_pretrained(out)
 
 
 def main() -> None:
