@@ -111,7 +111,10 @@ def test_the_check_tells_a_fault_from_rounding_in_every_precision(precision, att
     with sampling_weights(policy.model, precision):
         require_exact_sampling(policy, MAX_TOKENS)
         slots = sampler.Sampler._forward
-        shifted = lambda self, ids, at, *shape: slots(self, ids.roll(1, 0), at, *shape)  # noqa: E731
+
+        def shifted(self, ids, at, *shape, slots=slots):
+            return slots(self, ids.roll(1, 0), at, *shape)
+
         monkeypatch.setattr(sampler.Sampler, "_forward", shifted)
         with pytest.raises(PolicyError, match=DIFFER):
             require_exact_sampling(policy, MAX_TOKENS)
