@@ -8,6 +8,7 @@ This file imports every world. A world imports its large packages only where it 
 """
 
 import random
+import re
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, fields
 from typing import Any, Protocol
@@ -30,7 +31,10 @@ class Env(Protocol):
         """
 
     def step(self, action: str) -> tuple[str, float, bool, bool, dict]:
-        """Observation, reward (0 before the end), terminated, truncated, info with "valid", "task_type", "success"."""
+        """Observation, reward (0 before the end), terminated, truncated, info with "valid", "task_type", "success".
+
+        Upper and lower case in the action are the same.
+        """
 
     def admissible(self) -> list[str]:
         """The actions that are valid now, in a fixed order."""
@@ -111,18 +115,31 @@ def _world(name: str) -> World:
 # -------------------------------------------------------------------------------------------------- the ReAct text
 
 
-def parse_response(text: str) -> tuple[str, str]:
-    """(thought, action) of a response. The last `Action:` counts; the action is "" if there is none.
+# A response is read in the same way in every world:
+# - A <think> block at its start is thought. Where the prompt opens the block, the response holds only its end.
+# - The first line after that which begins with "Action:" counts. Later ones do not: a model may play on by itself.
+# - Forgiven are the word's case, a full-width colon, a line break after the colon, and bold type, backticks, a fence,
+#   quotes or a full stop around the action.
+# - A response that was cut off has no action, because `go to drawer 1` may be the beginning of `go to drawer 10`.
+THINK = re.compile(r"\s*<think>.*?(?:</think>|\Z)|(?:(?!<think>).)*?</think>", re.DOTALL)
+ACTION = re.compile(r"^[^\w\n]*action[ *`]*[:\uff1a][*`]*\s*(?:```\w*\n\s*)?(.*)", re.IGNORECASE | re.MULTILINE)
+QUOTED = re.compile(r"""["'\u201c\u2018](.*?)[.\u3002]?["'\u201d\u2019]""")
+
+
+def parse_response(text: str, ended: bool = True) -> tuple[str, str]:
+    """(thought, action) of a response; the action is "" if there is none.  ended: whether it came to its stop token.
 
     >>> parse_response("Thought: it is closed.\\nAction: open drawer 1")
     ('it is closed.', 'open drawer 1')
     >>> parse_response("open drawer 1")
     ('open drawer 1', '')
     """
-    thought, found, action = text.rpartition("Action:")
-    if not found:
-        thought, action = text, ""
-    return thought.strip().removeprefix("Thought:").strip(), action.partition("\n")[0].strip()
+    block = THINK.match(text)
+    found = ACTION.search(text, block.end() if block else 0)
+    thought = text[: found.start()] if found else text
+    action = found[1].strip(" \t\r*`").rstrip(" *`.\u3002") if found and ended else ""
+    quoted = QUOTED.fullmatch(action)
+    return thought.strip().removeprefix("Thought:").strip(), quoted[1] if quoted else action
 
 
 def format_response(thought: str, action: str) -> str:

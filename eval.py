@@ -88,9 +88,8 @@ def evaluate(
     def play(mine: list[Task]) -> list[Episode]:
         if isinstance(player, str):
             return play_scripted(envs[0], mine, PLAYERS[player], config.seed, desc=player)
-        return rollout(
-            player, envs, mine, [(config.seed, task.seed) for task in mine], **config.limits, desc="evaluate"
-        )
+        seeds = [("evaluate", config.seed, task.split, task.seed) for task in mine]
+        return rollout(player, envs, mine, seeds, **config.limits, desc="evaluate")
 
     with nullcontext() if isinstance(player, str) else weights_for_sampling(accelerator, player.model):
         return require_steps(play_over_ranks(accelerator, tasks, play))

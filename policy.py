@@ -90,9 +90,11 @@ class Policy:
         """Ids of plain texts, stripped. The name of an added token in them is spelled out and never obeyed."""
         return [each.ids for each in self._plain.encode_batch([*map(str.strip, texts)], add_special_tokens=False)]
 
-    def read(self, response: list[int]) -> str:
-        """Text of a sampled response. Its stop token is left out by its id; any other special token is spelled out."""
-        return self.tokenizer.decode(response[:-1] if response[-1] in self.stop_ids else response)
+    def read(self, response: list[int]) -> tuple[str, bool]:
+        """Text of a sampled response, and whether it came to a stop token. That one is left out of the text by its id;
+        any other special token is spelled out."""
+        ended = response[-1] in self.stop_ids
+        return self.tokenizer.decode(response[:-1] if ended else response), ended
 
     def prompt(self, instructions: str, observations: list[str]) -> list[list[int]]:
         """Ids up to the first sampled token: system turn, first observation, start of the response."""

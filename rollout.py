@@ -25,6 +25,11 @@ from episode import Episode, Step, Task
 from policy import Policy
 
 
+def generator(*key: str | int) -> np.random.Generator:
+    """Random numbers of their own for every key: a word for the purpose, then names and numbers."""
+    return np.random.default_rng([*"/".join(map(str, key)).encode()])
+
+
 def train_task(env: str, size: int | None, seed: int, number: int) -> Task:
     """A run's training task `number`: a new one each time, or all tasks of a finite split, in another order each pass.
 
@@ -32,7 +37,7 @@ def train_task(env: str, size: int | None, seed: int, number: int) -> Task:
     """
     if size is None:
         return Task(env, "train", seed * 10**9 + number)
-    order = np.random.default_rng([seed, number // size]).permutation(size)
+    order = generator("tasks", seed, number // size).permutation(size)
     return Task(env, "train", int(order[number % size]))
 
 
@@ -44,7 +49,7 @@ def rollout(
     policy: Policy,
     envs: list[Env],
     tasks: list[Task],
-    seeds: list[tuple[int, ...]],
+    seeds: list[tuple[str | int, ...]],
     *,
     temperature: float = 1.0,
     max_step_tokens: int = 64,
@@ -53,7 +58,7 @@ def rollout(
 ) -> list[Episode]:
     """One episode of every task, in the order of the tasks; as many are played at a time as there are environments.
 
-    seeds: for each episode, the integers that its random numbers come from.  temperature: 0 is greedy.
+    seeds: for each episode, the key of its random numbers, see `generator`.  temperature: 0 is greedy.
     max_step_tokens: of one response; a longer one is cut off.  max_tokens: of an episode; it is truncated if the next
     response might not fit.  Raises PolicyError if the logits are not finite.
     """
@@ -83,7 +88,7 @@ def play_on(
     policy: Policy,
     envs: list[Env],
     episodes: list[Episode],
-    seeds: list[tuple[int, ...]],
+    seeds: list[tuple[str | int, ...]],
     *,
     temperature: float,
     max_step_tokens: int,
@@ -97,7 +102,7 @@ def play_on(
     """
     limit = max_tokens - max_step_tokens
     # uniform[i, j] draws token j of episode i.
-    uniform = np.stack([np.random.default_rng(list(seed)).random(max_tokens) for seed in seeds])  # (B, max_tokens)
+    uniform = np.stack([generator(*seed).random(max_tokens) for seed in seeds])  # (B, max_tokens)
     live = [i for i, episode in enumerate(episodes) if not episode.done]
     finished(len(episodes) - len(live))
     if not live:
@@ -109,7 +114,7 @@ def play_on(
         responses = sampler.respond([episodes[i].ids for i in live], torch.from_numpy(np.stack(numbers)))
         for i, response in zip(live, responses, strict=True):
             episodes[i].append_sampled(*response)
-            _act(episodes[i], envs[i], *parse_response(policy.read(response.ids)), tokens=len(response.ids))
+            _act(episodes[i], envs[i], *parse_response(*policy.read(response.ids)), tokens=len(response.ids))
         observations = policy.between([episodes[i].steps[-1].observation for i in live])
         for episode, ids in zip((episodes[i] for i in live), observations, strict=True):
             stops = [] if episode.ids[-1] == policy.stop_id else [policy.stop_id]  # cut off, or another stop token
@@ -151,7 +156,7 @@ def play_scripted(env: Env, tasks: list[Task], player: Player, seed: int, desc: 
     """
     episodes, times = [], Counter()
     for task in tqdm(tasks, desc=desc, unit="episode", leave=False, delay=2):
-        rng = random.Random(f"{seed}/{task.seed}/{times[task]}")
+        rng = random.Random(f"{task.split}/{seed}/{task.seed}/{times[task]}")
         times[task] += 1
         episode = _reset(env, task)
         while not episode.done:

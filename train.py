@@ -122,9 +122,9 @@ def sample_round(config: TrainConfig, learner: Learner, envs: list[Env], first_t
     tasks, size, split_size = config.tasks_per_iteration, config.group_size, envs[0].size("train")
 
     def play(numbers: list[int]) -> list[list[Episode]]:
-        jobs = [(number, index) for number in numbers for index in range(size)]
-        played = [train_task(config.env, split_size, config.seed, number) for number, _ in jobs]
-        episodes = rollout(learner.policy, envs, played, [(config.seed, *job) for job in jobs], **config.limits)
+        seeds = [("train", config.seed, number, index) for number in numbers for index in range(size)]
+        played = [train_task(config.env, split_size, config.seed, number) for *_, number, _ in seeds]
+        episodes = rollout(learner.policy, envs, played, seeds, **config.limits)
         return [episodes[start : start + size] for start in range(0, len(episodes), size)]
 
     with weights_for_sampling(learner.accelerator, learner.policy.model):

@@ -28,6 +28,7 @@ from engine.scorer import checkpoint_layers, make_scorable
 from engine.stopping import require_finite
 from episode import Batch
 from policy import Policy, load_policy
+from rollout import generator
 
 MAX_GRAD_NORM = 1.0  # gradients are scaled down to this norm
 
@@ -105,7 +106,7 @@ def update(config: TrainConfig, learner: Learner, batch: Batch, advantage: Tenso
 def mini_batches(config: TrainConfig, episodes: int, iteration: int) -> Iterator[list[int]]:
     """Rows of every optimizer step of an iteration: each epoch takes all episodes once, in an order of its own."""
     for epoch in range(config.epochs):
-        order = np.random.default_rng([config.seed, iteration, epoch]).permutation(episodes)
+        order = generator("update", config.seed, iteration, epoch).permutation(episodes)
         yield from (rows.tolist() for rows in np.array_split(order, min(config.mini_batches, episodes)))
 
 

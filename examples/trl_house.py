@@ -46,7 +46,8 @@ class ReActTokenizer(PreTrainedTokenizerFast):
 
     def parse_response(self, ids: list[int], **_) -> dict:
         text = self.decode(ids, skip_special_tokens=True)
-        call = {"name": "act", "arguments": {"action": parse_response(text)[1]}}
+        action = parse_response(text, ended=ids[-1] == self.eos_token_id)[1]
+        call = {"name": "act", "arguments": {"action": action}}
         return {"role": "assistant", "content": text, "tool_calls": [{"type": "function", "function": call}]}
 
 

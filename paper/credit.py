@@ -241,7 +241,7 @@ def measure_credit(
     available = envs[0].size("train")
     numbers = [FIRST_TASK + i if available is None else i % available for i in range(groups)]
     tasks = [Task(config.env, "train", number) for number in numbers for _ in range(size)]
-    episodes = rollout(policy, envs, tasks, [(config.seed, 1, i) for i in range(len(tasks))], **config.limits)
+    episodes = rollout(policy, envs, tasks, [("credit", config.seed, i) for i in range(len(tasks))], **config.limits)
     require_none_aborted(episodes, "episodes")
     outcomes = play_continuations(policy, envs, episodes, credit.continuations, config)
     value, *of_halves = (

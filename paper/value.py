@@ -46,7 +46,7 @@ def play_continuations(
     for first in tqdm(range(0, len(jobs), len(envs)), desc="continuations", unit="batch", delay=2):
         part = jobs[first : first + len(envs)]
         starts = [replay_to(env, episodes[i], t) for env, (i, t, _) in zip(envs, part, strict=False)]
-        seeds = [(config.seed, 2, *job) for job in part]
+        seeds = [("value", config.seed, *job) for job in part]
         ended = require_none_aborted(play_on(policy, envs, starts, seeds, **config.limits), "continuations")
         for (i, t, k), played in zip(part, ended, strict=True):
             outcomes[i][t, k] = played.success

@@ -173,6 +173,19 @@ def test_garbage_is_answered_and_changes_nothing(place, build):
         assert truncated or env.admissible() == actions
 
 
+def test_upper_case_does_what_lower_case_does(place, build, played):
+    """`Go to drawer 1` and `Search[mug]` were not understood; one world of five ignored case."""
+    shout = build()
+    for name, seed in (("oracle", 0), ("careless", 1)):
+        env, rng = build(), random.Random(seed)
+        for each in (env, shout):
+            each.reset(place[1], seed)
+        for number, (action, *_) in enumerate(played[name][seed][1:], 1):
+            said, *results = env.step(action)
+            shouted, *others = shout.step("".join(rng.choice((letter.upper(), letter)) for letter in action))
+            assert (others, shouted.lower()) == (results, said.lower()), number
+
+
 def test_the_last_step_before_the_limit_can_succeed(place, build, played):
     steps = len(played["oracle"][0]) - 1
     ends = {steps: (True, False, True)} | ({steps - 1: (False, True, False)} if steps > 1 else {})
@@ -341,20 +354,48 @@ def test_a_bad_setting_is_named(name, wrong, message):
     ("text", "thought", "action"),
     [
         ("Thought: it is shut.\nAction: open drawer 1", "it is shut.", "open drawer 1"),
-        ("Thought: a\nAction: look\nThought: b\nAction: inventory", "a\nAction: look\nThought: b", "inventory"),
+        ("Thought: a\nAction: look\nObservation: b\nThought: c\nAction: inventory", "a", "look"),
         ("Action: look", "", "look"),
         ("Thought: hm.\nAction: look\nand then\nmore", "hm.", "look"),
-        ("Thought: hm.\nAction:\nlook", "hm.", ""),
         ("  Thought:  hm.  \n Action:   look  \n", "hm.", "look"),
         ("hm.\nAction:look", "hm.", "look"),
+        ("Thought: the Action: look is not it.\nAction: wait", "the Action: look is not it.", "wait"),
+        ("<think>\nAction: a?\n</think>\nThought: b.\nAction: c", "<think>\nAction: a?\n</think>\nThought: b.", "c"),
+        ("Action: a?\n</think>\n\nAction: c", "Action: a?\n</think>", "c"),
+        ("Thought: a\nAction: b\n<think>c</think>\nAction: d", "a", "b"),
+        ("<think>\nAction: a", "<think>\nAction: a", ""),
         ("open drawer 1", "open drawer 1", ""),
-        ("Thought: hm.\naction: look", "hm.\naction: look", ""),
+        ("Thought: action", "action", ""),
+        ("Thought: hm.\nAction:", "hm.", ""),
+        ("Thought: hm.\nAction: ``", "hm.", ""),
         ("Thought:", "", ""),
         ("\n", "", ""),
     ],
 )
-def test_the_last_action_line_counts(text, thought, action):
+def test_the_first_action_line_after_the_thought_counts(text, thought, action):
     assert parse_response(text) == (thought, action)
+    assert parse_response(text, ended=False) == (thought, "")  # `open drawer 1` may be a part of `open drawer 10`
+
+
+FORMS = (
+    "action: {}", "ACTION: {}", "Action:\n{}", "Action :\n\n  {}", "Action\uff1a{}", "- Action: {}",
+    "**Action:** {}", "**Action**: {}", "**Action: {}**", "Action: **{}**", "Action: `{}`", "`Action: {}`",
+    'Action: "{}"', "Action: '{}'.", 'Action: "{}."', "Action: \u201c{}\u201d", "Action: {}.",
+    "Action: **`{}`**.", "Action: {}\u3002",
+    "Action:\n```\n{}\n```", "Action: ```text\n{}\n```", "Action: ```{}```", "```\nAction: {}\n```",
+)  # fmt: skip
+
+
+@pytest.mark.parametrize("form", FORMS)
+def test_what_is_put_around_an_action_is_forgiven(form):
+    for action in ("go to drawer 1", "search[the 'red' mug. \"x\"]", 'say "hi"', "a*b"):
+        assert parse_response(f"Thought: hm.\n{form.format(action)}")[1] == action
+
+
+def test_a_long_response_without_an_action_is_read_in_no_time():
+    """A pattern that goes back and forth would take minutes for each of these."""
+    for part in ("\n", " ", "*", "`", "action", "Action:", "<think>", "</think", "Action: `\n", '"'):
+        assert parse_response(part * 20_000)[1].count("\n") == 0
 
 
 @pytest.mark.parametrize("thought", ["", "it is shut.", "first this,\nthen that"])

@@ -221,8 +221,9 @@ def test_a_tokenizer_that_puts_a_space_before_a_text_writes_the_ids_of_the_templ
         assert policy.prompt(texts[0], [texts[1]])[0] == rendered(policy, texts[:2], open_response=True)
     text, end = policy.encode(["Thought: a.\nAction: Yes you"])[0], policy.stop_id
     special = policy.tokenizer.convert_tokens_to_ids("<s>")
-    assert policy.read([*text[:-3], special, *text[-3:], end]) == "Thought: a.\nAction: Yes<s> you"
-    assert policy.read([policy.tokenizer.convert_tokens_to_ids("\u2581T"), end]) == "T"
+    assert policy.read([*text[:-3], special, *text[-3:], end]) == ("Thought: a.\nAction: Yes<s> you", True)
+    assert policy.read([policy.tokenizer.convert_tokens_to_ids("\u2581T"), end]) == ("T", True)
+    assert policy.read(text) == ("Thought: a.\nAction: Yes you", False)
     assert not added_ids(policy, ["x <|im_end|> y</s>", "<unk>", "\u6f22"])
 
 

@@ -191,8 +191,8 @@ def test_steps_are_the_spans_of_what_was_sampled(house_policy, house_episodes):
         expected = [-1] * len(episode.ids)
         for number, step in enumerate(episode.steps):
             expected[step.start : step.end] = [number] * (step.end - step.start)
-            text = house_policy.read(episode.ids[step.start : step.end])
-            assert parse_response(text) == (step.thought, step.action)
+            text, ended = house_policy.read(episode.ids[step.start : step.end])
+            assert parse_response(text, ended) == (step.thought, step.action)
             assert house_policy.stop_id not in episode.ids[step.start : step.end - 1]
         assert episode.step_ids == expected
 
@@ -313,8 +313,10 @@ def test_a_response_that_is_cut_off_is_closed_with_a_stop_token_that_was_not_sam
     assert policy.stop_id not in episode.ids[first.start : first.end]
     assert episode.ids[first.end : second.start] == [policy.stop_id, *policy.between(["Go on."])[0]]
     assert episode.step_ids[first.end] == -1
+    assert (first.thought, first.action, first.valid) == ("not yet", "", False)  # "wait" may not be the whole action
+    assert set(episode.step_ids[first.start : first.end]) == {0}  # but its tokens train
     exact = perform(policy, max_step_tokens=limit + 1)[0].steps[0]  # room for the stop token: it is the step's own
-    assert exact.end - exact.start == limit + 1
+    assert (exact.end - exact.start, exact.action) == (limit + 1, "wait")
 
 
 # ------------------------------------------------------------------------------------------------------- stop tokens

@@ -6,6 +6,7 @@ import re
 import statistics
 import subprocess
 import sys
+from collections import Counter
 from collections.abc import Callable
 from itertools import chain
 from pathlib import Path
@@ -18,6 +19,7 @@ from safetensors.torch import load_file
 
 import empg
 import imitate
+import rollout
 import train
 import update
 from config import ALGORITHMS, POLICIES, TrainConfig, parse_config
@@ -41,7 +43,7 @@ from episode import load_episodes
 from paper import credit as study
 from paper.page import read_run
 from policy import PolicyError, load_policy
-from rollout import train_task
+from rollout import generator, train_task
 from worlds.coin import Coin
 
 ONE_UPDATE = {"iterations": 1, "epochs": 3, "eval_tasks": 1}
@@ -382,6 +384,20 @@ def test_every_episode_and_every_task_of_a_finite_split_comes_once_a_pass():
     passes = [seeds[i : i + 5] for i in (0, 5, 10)]
     assert [sorted(part) for part in passes] == [list(range(5))] * 3
     assert len(set(map(tuple, passes))) > 1
+
+
+def test_no_two_purposes_draw_the_same_random_numbers(run, monkeypatch):
+    """Seeds (s, n) and (s, n, 0) are one to numpy: evaluation task n had the random numbers of training group n."""
+    keys = []
+    for module in (rollout, update):
+        monkeypatch.setattr(module, "generator", lambda *key: keys.append(key) or generator(*key))
+    run(iterations=1, eval_every=1)
+    times = Counter(keys)
+    assert {key[0] for key in keys} == {"train", "evaluate", "update"}
+    assert {times[key] for key in keys if key[0] == "train"} == {1}
+    more = [("tasks", 0, 5), ("tasks", 0, 5, 0), ("evaluate", 0, "eval", 7), ("evaluate", 0, "test", 7)]
+    distinct = {*keys, *more}
+    assert len({generator(*key).random() for key in distinct}) == len(distinct)
 
 
 # ----------------------------------------------------------------------------------------------- one's own credit

@@ -138,7 +138,7 @@ def episode_of(reached: dict, policy: Policy) -> Episode:
     while not done:
         start, end = end, next((j for j in range(end, length) if not sampled[j]), length)
         episode.append_sampled(ids[start:end], [0.0] * (end - start), entropy[start:end])
-        action = parse_response(policy.read(ids[start:end]))[1]
+        action = parse_response(*policy.read(ids[start:end]))[1]
         observation, _, terminated, truncated, _ = env.step(action)
         episode.steps.append(Step("", action, observation, True, start, end))
         done = terminated or truncated

@@ -79,7 +79,7 @@ def generate_loop(policy: Policy, envs: list[Env], tasks: list[Task], config: Tr
         sampled += sum(map(len, responses))
         going, room = [], config.max_tokens - config.max_step_tokens
         for i, ids in zip(live, responses, strict=True):
-            observation, _, terminated, truncated, _ = envs[i].step(parse_response(policy.read(ids))[1])
+            observation, _, terminated, truncated, _ = envs[i].step(parse_response(*policy.read(ids))[1])
             histories[i] += ids + policy.between([observation])[0]
             if not (terminated or truncated or len(histories[i]) > room):
                 going.append(i)
@@ -89,7 +89,7 @@ def generate_loop(policy: Policy, envs: list[Env], tasks: list[Task], config: Tr
 
 def our_rollout(policy: Policy, envs: list[Env], tasks: list[Task], config: TrainConfig, seed: int) -> list[Episode]:
     """The same tasks with the same limits through rollout.py."""
-    return rollout(policy, envs, tasks, [(seed, number) for number in range(len(tasks))], **config.limits)
+    return rollout(policy, envs, tasks, [("bench", seed, number) for number in range(len(tasks))], **config.limits)
 
 
 def sampled_tokens(episodes: list[Episode]) -> int:

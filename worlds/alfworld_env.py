@@ -202,6 +202,7 @@ class AlfWorld:
 
         Raises alfworld_engine.EngineError if the engine fails. The environment can be reset after that.
         """
+        action = action.lower()
         reply, success = self._engine.step(action)
         self._actions.append(action)
         truncated = not success and len(self._actions) >= self.config.max_steps

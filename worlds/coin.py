@@ -33,7 +33,7 @@ class Coin:
         return f"Toss {seed % 7}: {self.side}.", {"task_type": self.side, "success": False}
 
     def step(self, action: str) -> tuple[str, float, bool, bool, dict]:
-        self.steps += 1
+        action, self.steps = action.lower(), self.steps + 1
         valid = action in ("left", "right")
         self.said += [action] if valid else []
         terminated = valid and len(self.said) == (2 if self.said[0] == "left" else 3)

@@ -222,7 +222,7 @@ class House:
 
     def _act(self, action: str) -> str:
         """Do the action and return the reply. The reply is NOTHING if the action is unknown or not possible now."""
-        match action.split():
+        match action.lower().split():
             case ["go", "to", *name] if (place := " ".join(name)) in self.receptacles and place != self.at:
                 self.at = place
                 return f"You arrive at {place}. {self._contents(place)}"

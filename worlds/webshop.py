@@ -123,6 +123,7 @@ class Customer:
         The reward is 1.0 for the step that buys exactly what is wanted, else 0.0. info["valid"]: the action did
         something. info["success"]: the purchase scored 1. info["score"]: its score. info["task_type"]: the category.
         """
+        action = action.lower()
         valid = not self.terminated and does_something(action, self.clickables())
         if valid:
             self._act(action)
