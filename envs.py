@@ -1,6 +1,6 @@
-"""What an environment is, the environments by name, the ReAct text, and scripted players.
+"""The environments by name, the ReAct text, and scripted players.
 
-An environment has gymnasium's reset and step. Observations and actions are text (`Env` below). An action that the
+An environment has gymnasium's reset and step. Observations and actions are text: `Env` in worlds/contract.py. What the
 environment does not understand gets an answer, never an exception. `terminated`: the world ended the episode.
 `truncated`: the step limit ended it. An exception, or an answer of another type, aborts the episode. It trains nothing.
 
@@ -11,36 +11,10 @@ import random
 import re
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, fields
-from typing import Any, Protocol
+from typing import Any, get_type_hints
 
 from worlds import alfworld_env, coin, house, search, shop, webshop
-
-
-class Env(Protocol):
-    """A world that plays one task at a time. One environment plays many tasks, a `reset` before each."""
-
-    instructions: str  # the system turn of the prompt
-
-    def size(self, split: str) -> int | None:
-        """Number of tasks in the split; None if it has one for every seed."""
-
-    def reset(self, split: str, seed: int) -> tuple[str, dict]:
-        """Start task number `seed` of the split: first observation, info with "task_type" and "success".
-
-        Raises ValueError if there is no such split or task.
-        """
-
-    def step(self, action: str) -> tuple[str, float, bool, bool, dict]:
-        """Observation, reward (0 before the end), terminated, truncated, info with "valid", "task_type", "success".
-
-        Upper and lower case in the action are the same.
-        """
-
-    def admissible(self) -> list[str]:
-        """The actions that are valid now, in a fixed order."""
-
-    def oracle(self) -> tuple[str, str]:
-        """(thought, action) of a player that makes no mistake. It knows a way from every state."""
+from worlds.contract import CheckedEnv, Env, WorldError, in_one_line
 
 
 @dataclass(frozen=True)
@@ -48,7 +22,7 @@ class World:
     """How to make an environment, its settings, and the splits of its tasks."""
 
     make: Callable[[Any], Env]  # config -> environment
-    config: type  # a frozen dataclass; its fields are ints, strs and tuples of strs
+    config: type  # a frozen dataclass; its fields have the types in SETTINGS
     splits: tuple[str, ...]  # the first is for training, the others are held out
 
 
@@ -61,37 +35,61 @@ ENVIRONMENTS = {
 }
 
 
+# What the command line can give: type of a setting -> what it must be, and how its text is read.
+SETTINGS = {
+    int: ("an integer", int),
+    float: ("a number", float),
+    bool: ("true or false", lambda text: {"true": True, "false": False}[text.lower()]),
+    str: ("text", str),
+    tuple[str, ...]: ("texts", lambda text: tuple(text.split(","))),
+}
+
+
+def setting_types(name: str) -> dict[str, Any]:
+    """The settings of an environment with their types. Raises ValueError for an unknown environment."""
+    config = _world(name).config
+    try:
+        types = get_type_hints(config)  # `from __future__ import annotations` makes texts of them
+        return {field.name: types[field.name] for field in fields(config) if field.init}
+    except Exception as error:
+        raise WorldError(f"{name}: its settings are no dataclass with types: {in_one_line(error)}") from error
+
+
 def make_config(name: str, args: Sequence[str]) -> Any:
     """The configuration of an environment. args: its settings, such as "max_steps=30" or "task_types=a,b".
 
     Raises ValueError for an unknown environment or setting, or a value out of range. Reads no file.
     """
-    world = _world(name)
-    types = {f.name: f.type for f in fields(world.config)}
-    settings = {}
+    types, settings = setting_types(name), {}
     for arg in args:
         key, _, value = arg.partition("=")
         if key not in types:
             raise ValueError(f"{name} has no setting {key!r}; it has {', '.join(types)}")
+        if types[key] not in SETTINGS:
+            raise WorldError(f"{name}: the setting {key} is no int, float, bool, str or tuple[str, ...]: {types[key]}")
+        what, read = SETTINGS[types[key]]
         try:
-            settings[key] = int(value) if types[key] is int else value if types[key] is str else tuple(value.split(","))
-        except ValueError:
-            raise ValueError(f"{key} must be an integer, got {value!r}") from None
-    return world.config(**settings)
+            settings[key] = read(value)
+        except (KeyError, ValueError):
+            raise ValueError(f"{key} must be {what}, got {value!r}") from None
+    try:
+        return _world(name).config(**settings)
+    except Exception as error:  # a ValueError keeps its text
+        raise ValueError(in_one_line(error)) from error
 
 
 def make_envs(name: str, args: Sequence[str], number: int, splits: Sequence[str] = ()) -> list[Env]:
-    """`number` environments of one kind; args as in `make_config`.
+    """`number` environments of one kind, whose answers are checked; args as in `make_config`.
 
-    Raises ValueError for bad settings or missing data, and if one of the `splits` has no tasks; ImportError if the
-    world's packages are not installed.
+    Raises ValueError for bad settings; WorldError if data or packages are missing, or if one of the `splits` has no
+    tasks.
     """
     config = make_config(name, args)
-    envs = [_world(name).make(config) for _ in range(number)]
+    envs = [CheckedEnv(name, _world(name).make, config) for _ in range(number)]
     for split in splits:
         require_split(name, split)
         if envs[0].size(split) == 0:
-            raise ValueError(f"{name} has no tasks in split {split!r}")
+            raise WorldError(f"{name} has no tasks in split {split!r}")
     return envs
 
 
@@ -109,7 +107,10 @@ def held_out_splits(name: str) -> tuple[str, ...]:
 def _world(name: str) -> World:
     if name not in ENVIRONMENTS:
         raise ValueError(f"unknown environment {name!r}; there are {', '.join(ENVIRONMENTS)}")
-    return ENVIRONMENTS[name]
+    world = ENVIRONMENTS[name]
+    if world.splits[:1] != ("train",) or len(world.splits) < 2:
+        raise WorldError(f"{name}: its splits must be a tuple, train and then others, got {world.splits!r}")
+    return world
 
 
 # -------------------------------------------------------------------------------------------------- the ReAct text
@@ -150,7 +151,7 @@ def format_response(thought: str, action: str) -> str:
 def example(env: Env, attempts: int = 10) -> str:
     """A training episode of the oracle as text, for the prompt of a model that never saw the world.
 
-    The oracle plays the first training tasks until it solves one.  Raises ValueError if it solves none of `attempts`.
+    The oracle plays the first training tasks until it solves one.  Raises WorldError if it solves none of `attempts`.
     """
     size, limit = env.size("train"), 0
     for seed in range(attempts if size is None else min(attempts, size)):
@@ -166,7 +167,7 @@ def example(env: Env, attempts: int = 10) -> str:
         if truncated:
             limit = len(lines) // 2 - 1
     advice = f", because its episodes are truncated at max_steps={limit}; set a larger one" if limit else ""
-    raise ValueError(f"no example: the oracle solves none of the first {attempts} training tasks{advice}")
+    raise WorldError(f"no example: the oracle solves none of the first {attempts} training tasks{advice}")
 
 
 # ------------------------------------------------------------------------------------------------- scripted players

@@ -36,20 +36,18 @@ from envs import PLAYERS, Env, example, held_out_splits, make_envs
 from episode import Episode, Task, save_episodes
 from policy import Policy, load_policy
 from rollout import play_scripted, rollout
+from worlds.contract import WorldError
 
 # --------------------------------------------------------------------------------------------------------- playing
 
 
 def open_envs(config: EvalConfig | TrainConfig, number: int, splits: list[str]) -> list[Env]:
     """`number` environments with tasks in the splits. Ends the program if data or packages are missing."""
-    try:
-        envs = make_envs(config.env, config.env_args, number, splits)
-        if config.example:
-            instructions = f"{envs[0].instructions}\n\n{example(envs[0])}"
-            for env in envs:
-                env.instructions = instructions
-    except (ValueError, ImportError) as error:
-        raise SystemExit(str(error)) from error
+    envs = make_envs(config.env, config.env_args, number, splits)
+    if config.example:
+        instructions = f"{envs[0].instructions}\n\n{example(envs[0])}"
+        for env in envs:
+            env.instructions = instructions
     return envs
 
 
@@ -57,7 +55,9 @@ def has_tasks(env: Env, split: str) -> bool:
     """Whether the world's data hold the split; a benchmark may be installed without some of its splits."""
     try:
         return env.size(split) != 0
-    except ValueError:
+    except WorldError as error:
+        if not isinstance(error.__cause__, ValueError):
+            raise
         return False
 
 

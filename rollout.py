@@ -19,7 +19,7 @@ import torch
 from tqdm import tqdm
 
 from engine.sampler import Sampler
-from engine.world_errors import aborting, checked_reset, checked_step
+from engine.world_errors import aborting
 from envs import Env, Player, parse_response
 from episode import Episode, Step, Task
 from policy import Policy
@@ -132,7 +132,7 @@ def _reset(env: Env, task: Task) -> Episode:
     """A new episode with its first observation; already aborted if the environment fails."""
     episode = Episode(task, "", info={"task_type": "unknown", "success": False})
     with aborting(episode):
-        episode.prompt, episode.info = checked_reset(env, task)
+        episode.prompt, episode.info = env.reset(task.split, task.seed)
     return episode
 
 
@@ -140,7 +140,7 @@ def _act(episode: Episode, env: Env, thought: str, action: str, tokens: int = 0)
     """Give the action to the environment and append the step; its tokens are the episode's last ones."""
     observation, reward = "", 0.0
     with aborting(episode):
-        observation, reward, episode.terminated, episode.truncated, episode.info = checked_step(env, action)
+        observation, reward, episode.terminated, episode.truncated, episode.info = env.step(action)
     end = len(episode.ids)
     episode.steps.append(Step(thought, action, observation, episode.info["valid"], end - tokens, end))
     episode.reward += reward

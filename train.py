@@ -37,7 +37,7 @@ from engine.checkpoint import RunState, keep_best, link_first_policy, restore, r
 from engine.ranks import explain_out_of_memory, play_over_ranks, start_ranks, weights_for_sampling
 from engine.record import Record, episode_metrics, eval_metrics, step_metrics, update_metrics
 from engine.stopping import NotFiniteError, stoppable
-from engine.world_errors import require_steps
+from engine.world_errors import NoStepsError, require_steps
 from envs import Env
 from episode import Batch, Episode, collate
 from eval import evaluate, first_tasks, open_envs, percent, summarize, table
@@ -107,13 +107,11 @@ def sample_groups(
             solved, errors = solved + left, errors + len(group) - len(left)
             if not config.dynamic_sampling or 0 < sum(left) < len(left):
                 kept.append(group)
-    kept = kept[:wanted] if solved else []
+    kept = kept[:wanted]
     if len(kept) < wanted and learner.accelerator.is_main_process:
-        few = f"dynamic sampling: of {used} groups only {len(kept)} differ in success; training on these"
-        tqdm.write(few if solved else f"environments aborted all {errors} episodes; nothing is trained")
-    metrics = {"group/tasks_used": used, "group/kept": len(kept)}
-    metrics |= {"group/success": sum(solved) / len(solved)} if solved else {}
-    return kept, metrics | {"episode/errors": errors}
+        tqdm.write(f"dynamic sampling: of {used} groups only {len(kept)} differ in success; training on these")
+    success = sum(solved) / len(solved)
+    return kept, {"group/tasks_used": used, "group/kept": len(kept), "group/success": success, "episode/errors": errors}
 
 
 @explain_out_of_memory("sampling", "lower --batch_size")
@@ -129,7 +127,7 @@ def sample_round(config: TrainConfig, learner: Learner, envs: list[Env], first_t
 
     with weights_for_sampling(learner.accelerator, learner.policy.model):
         groups = play_over_ranks(learner.accelerator, range(first_task, first_task + tasks), play)
-    require_steps([episode for group in groups for episode in group if not episode.aborted])
+    require_steps([episode for group in groups for episode in group])
     return groups
 
 
@@ -210,6 +208,8 @@ def train(config: TrainConfig, assign_credit: Callable[..., Modulation] = assign
             iterate(config, learner, envs, record, state, assign_credit)
         except NotFiniteError as error:
             raise SystemExit(record.not_finite(state.iteration, error.episodes)) from None
+        except NoStepsError as error:
+            raise SystemExit(f"{error}; --resume from {save_and_end()}" if state.iteration else str(error)) from None
     print_summary(config, accelerator, record, state)
 
 

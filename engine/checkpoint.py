@@ -24,7 +24,7 @@ from tqdm import tqdm
 
 from config import EvalConfig, TrainConfig, fail
 from engine.ranks import full_weights, load_shards, save_shards
-from envs import ENVIRONMENTS, held_out_splits
+from envs import held_out_splits, setting_types
 from policy import Policy
 
 CHECKSUMS = "sha256.json"
@@ -240,7 +240,7 @@ def world_settings(folder: Path | str, env: str, saved: list[str], typed: list[s
     A setting that is a text names a file, a folder with code, a server or a data set on the hub. The folder may be
     somebody else's, so such a setting is never taken from it. Ends the program with a line that says what to type.
     """
-    texts = {field.name for field in fields(ENVIRONMENTS[env].config) if field.type in (str, "str")}
+    texts = {name for name, kind in setting_types(env).items() if kind is str}
     before, now = (dict(arg.partition("=")[::2] for arg in args) for args in (saved, typed))
     if sources := [f"{name}={value}" for name, value in before.items() if value and name in texts - now.keys()]:
         flag = f"--env_args {' '.join(map(shlex.quote, sources))}"

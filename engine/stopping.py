@@ -20,8 +20,8 @@ from accelerate.utils import gather_object
 from episode import Episode
 
 
-class Stopped(BaseException):
-    """The run was asked to stop. A BaseException: `except Exception` around environments must not swallow it."""
+class Stopped(KeyboardInterrupt):
+    """The run was asked to stop. A KeyboardInterrupt: what an environment raises beside that only ends its episode."""
 
 
 class StopRequest:

@@ -136,7 +136,7 @@ def test_tasks_of_the_eval_split_are_none_of_the_training_tasks():
     for split, found in prompts.items():
         for task in first_tasks(env, "house", split, 100):
             env.reset(task.split, task.seed)
-            found.add(env.fingerprint())
+            found.add(env.world.fingerprint())
     assert len(prompts["train"]) == len(prompts["eval"]) == 100
     assert not prompts["train"] & prompts["eval"]
 
@@ -305,16 +305,19 @@ def test_a_bad_argument_ends_with_a_line_that_names_it(main, capsys, argv, messa
     ("argv", "message"),
     [
         (["--policy", "tests"], "no policy at 'tests': .+"),
-        (["--env", "search", "--env-args", "questions=none.json"], "no such file: none.json"),
-        (["--env", "webshop", "--env-args", "data=nowhere"], "nowhere has neither items_shuffle_1000.json nor .*"),
-        (["--env", "webshop", "--env-args", "webshop_root=nowhere"], "nowhere holds no WebShop.*"),
+        (["--env", "search", "--env-args", "questions=none.json"], "search: no such file: none.json"),
+        (
+            ["--env", "webshop", "--env-args", "data=nowhere"],
+            "webshop: nowhere has neither items_shuffle_1000.json nor .*",
+        ),
+        (["--env", "webshop", "--env-args", "webshop_root=nowhere"], "webshop: nowhere holds no WebShop.*"),
         (["--json", "README.md/result.json"], "could not write README.md: .*"),
         (["--env", "alfworld", "--env-args", "data=tests"], ".*(alfworld|ALFWorld).*"),
         (
             ["--env", "search", "--env-args", "retriever=localhost"],
-            "a retriever's address is http://HOST:PORT, got 'localhost'",
+            "search: a retriever's address is http://HOST:PORT, got 'localhost'",
         ),
-        (["--env", "search", "--env-args", "corpus=c.jsonl"], "a corpus without questions.*"),
+        (["--env", "search", "--env-args", "corpus=c.jsonl"], "search: a corpus without questions.*"),
     ],
     ids=lambda value: " ".join(value) if isinstance(value, list) else "",
 )

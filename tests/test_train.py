@@ -137,7 +137,7 @@ def test_episodes_that_an_environment_aborted_are_counted_and_not_imitated(run, 
     assert 0 < aborted["episode/errors"] < SMALL["tasks_per_iteration"] * SMALL["group_size"]
     assert rows(whole)[-1]["episode/errors"] == 0
     every = 1
-    with pytest.raises(SystemExit, match="7 of 7 demonstrations were aborted: ConnectionError: gone"):
+    with pytest.raises(SystemExit, match=r"7 of 7 demonstrations were aborted: coin\.step: ConnectionError: gone"):
         run(demonstrations=7, cache=str(tmp_path / "empty"))
     assert not list((tmp_path / "empty").iterdir())
 
@@ -236,21 +236,32 @@ def test_dynamic_sampling_looks_at_the_episodes_that_are_left(run, whole, failin
     assert rows(out)[1]["group/success"] == 3 / 8
 
 
-def test_a_batch_without_an_episode_left_trains_nothing_and_says_so(run, whole, failing, capsys, caplog):
-    failing(set(range(12)), "down\nfor good")  # the next iteration's are played
-    out = run("failing", iterations=2, eval_every=1, policy=str(whole / "first_policy"), **AS_TINY)
-    printed = capsys.readouterr().out
-    assert caplog.text.count("ConnectionError: down for good") == 12
-    assert printed.count("environments aborted all 12 episodes; nothing is trained") == 1
-    _, nothing, something = rows(out)
-    assert {name for name in nothing if "eval" not in name} == {
-        "iteration",
-        "group/tasks_used",
-        "group/kept",
-        "episode/errors",
-    }
-    assert (nothing["episode/errors"], nothing["group/kept"], nothing["eval/episodes"]) == (12, 0, 6)
-    assert (something["episode/errors"], something["group/kept"]) == (0, 3)
+def test_a_batch_without_an_episode_left_ends_the_run_and_nothing_is_lost(run, whole, monkeypatch, caplog):
+    """A server that was gone for good let the run count iterations that trained nothing, to its end."""
+    with monkeypatch.context() as patch:
+        step, count = Coin.step, itertools.count()
+
+        def gone(env, action):
+            if next(count) > broken:
+                raise ConnectionError("down\nfor good")
+            return step(env, action)
+
+        patch.setattr(Coin, "step", gone)
+        broken = 10**9
+        # The first 12 episodes are answered; whatever is asked after the first evaluation of the policy is not.
+        evaluate_held_out = train.evaluate_held_out
+
+        def then_break(*arguments):
+            nonlocal broken
+            evaluate_held_out(*arguments)
+            broken = -1 if arguments[-1].iteration == 1 else broken
+
+        patch.setattr(train, "evaluate_held_out", then_break)
+        lost = r"^all 12 episodes were aborted: coin\.step: ConnectionError: down for good; --resume from .*000001$"
+        with pytest.raises(SystemExit, match=lost):
+            run(eval_every=1)
+    assert caplog.text.count("coin.step: ConnectionError: down for good") == 12
+    assert rows(run(eval_every=1, resume=True)) == rows(whole)
 
 
 def test_a_reset_that_fails_is_an_error_of_the_world_too(run, whole, monkeypatch, caplog):
@@ -265,7 +276,7 @@ def test_a_reset_that_fails_is_an_error_of_the_world_too(run, whole, monkeypatch
     out = run("failing", iterations=1, policy=str(whole / "first_policy"), **AS_TINY)
     assert rows(out)[1]["episode/errors"] == 3
     assert [row["modulation"]["base"] for row in kept(out)[1::4]] == [0, 0, 0]
-    assert caplog.text.count("was aborted in step 0: OSError: no such game") == 3
+    assert caplog.text.count("was aborted in step 0: coin.reset: OSError: no such game") == 3
     assert read_run(out)["batches"][0]["groups"]
 
 

@@ -79,7 +79,7 @@ class ScoredEnv(trl_house.AgentEnv):
 
     def __init__(self, env, max_completion_length):
         super().__init__(env, max_completion_length)
-        env.config = HouseConfig(max_steps=steps_of(ScoredEnv.made))
+        env.world.config = HouseConfig(max_steps=steps_of(ScoredEnv.made))
         ScoredEnv.made, self.letters = ScoredEnv.made + 1, 0
 
     def act(self, action: str) -> str:

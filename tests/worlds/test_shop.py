@@ -318,4 +318,4 @@ def test_splits_of_any_shop(goals):
 
 def test_environments_share_the_catalogue():
     one, other = make_envs("webshop", ["products=60"], 2)
-    assert one.catalogue is other.catalogue
+    assert one.world.catalogue is other.world.catalogue

@@ -104,7 +104,7 @@ def test_generator_is_deterministic_and_its_files_load_back_equal(tmp_path):
     for human in (True, False):
         assert load_files(tmp_path, human_goals=human, seed=3) == parse(*contents, human_goals=human, seed=3)
     (env,) = make_envs("webshop", [f"data={tmp_path}"], 1)
-    assert list(env.catalogue.products.values()) == load_files(tmp_path)[0]
+    assert list(env.world.catalogue.products.values()) == load_files(tmp_path)[0]
 
 
 def test_command_line(tmp_path):
