@@ -13,7 +13,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, fields
 from typing import Any, get_type_hints
 
-from worlds import alfworld_env, coin, house, search, shop, webshop
+from worlds import alfworld_env, coin, house, search, search_world, shop, webshop
 from worlds.contract import CheckedEnv, Env, WorldError, in_one_line
 
 
@@ -30,7 +30,7 @@ ENVIRONMENTS = {
     "house": World(house.House, house.HouseConfig, house.SPLITS),
     "alfworld": World(alfworld_env.AlfWorld, alfworld_env.AlfWorldConfig, alfworld_env.SPLITS),
     "webshop": World(shop.make_webshop, webshop.ShopConfig, webshop.SPLITS),
-    "search": World(search.Search, search.SearchConfig, search.SPLITS),
+    "search": World(search.Search, search.SearchConfig, search_world.SPLITS),
     "coin": World(coin.Coin, coin.CoinConfig, coin.SPLITS),
 }
 
@@ -74,8 +74,8 @@ def make_config(name: str, args: Sequence[str]) -> Any:
             raise ValueError(f"{key} must be {what}, got {value!r}") from None
     try:
         return _world(name).config(**settings)
-    except Exception as error:  # a ValueError keeps its text
-        raise ValueError(in_one_line(error)) from error
+    except Exception as error:
+        raise ValueError(f"{name}: {in_one_line(error)}") from error
 
 
 def make_envs(name: str, args: Sequence[str], number: int, splits: Sequence[str] = ()) -> list[Env]:
@@ -85,9 +85,9 @@ def make_envs(name: str, args: Sequence[str], number: int, splits: Sequence[str]
     tasks.
     """
     config = make_config(name, args)
-    envs = [CheckedEnv(name, _world(name).make, config) for _ in range(number)]
+    world = _world(name)
+    envs = [CheckedEnv(name, world.make, config, world.splits) for _ in range(number)]
     for split in splits:
-        require_split(name, split)
         if envs[0].size(split) == 0:
             raise WorldError(f"{name} has no tasks in split {split!r}")
     return envs

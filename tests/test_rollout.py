@@ -39,6 +39,9 @@ class Toy:
     def __init__(self, prompt: str = "task", reply: str = "Go on.", limits: tuple[int, ...] = (3,) * 9):
         self.prompt, self.reply, self.limits = prompt, reply, limits
 
+    def size(self, split: str) -> int:
+        return len(self.limits)
+
     def reset(self, split: str, seed: int) -> tuple[str, dict]:
         self.steps, self.limit = 0, self.limits[seed]
         return f"{self.prompt} {seed}", {"task_type": "toy", "success": False}
@@ -97,7 +100,7 @@ def scripted(scripts: dict[int, list[str | list[int]]]) -> Policy:
 def perform(policy: Policy, make=Toy, **limits) -> list[Episode]:
     """Greedy episodes of the policy's scripts, in one batch."""
     tasks = [Task("toy", "train", int(name.split()[1])) for name in policy.model.scripts]
-    envs = [CheckedEnv("toy", lambda _: make(), None) for _ in tasks]
+    envs = [CheckedEnv("toy", lambda _: make(), None, ("train",)) for _ in tasks]
     return rollout(policy, envs, tasks, [(0,)] * len(tasks), temperature=0, **limits)
 
 
@@ -476,7 +479,7 @@ def test_an_environment_or_player_that_raises_ends_the_scripted_players_episode_
             raise RuntimeError("no way to win")
         return "", "wait"
 
-    env = CheckedEnv("toy", lambda _: Broken(), None)
+    env = CheckedEnv("toy", lambda _: Broken(), None, ("train",))
     played = play_scripted(env, [Task("toy", "train", seed) for seed in range(4)], player, 0)
     assert [(len(e.steps), e.truncated, e.success, e.info.get("error")) for e in played] == [
         (3, True, False, None),

@@ -1,7 +1,7 @@
 """The smallest world to train in, and the template for your own.
 
 To add a world: copy this file, change it, add one line to ENVIRONMENTS in envs.py, and run
-`accelerate launch train.py --env coin` with your world's name. `envs.Env` says what each method returns.
+`accelerate launch train.py --env coin` with your world's name. `worlds.contract.Env` says what each method returns.
 
 The observation names a side of a coin. The agent answers with two words, or with three if its first word was `right`.
 Episodes therefore differ in length. The reward is 1.0 if the last word is the side. Both splits have the same tasks.
@@ -27,8 +27,6 @@ class Coin:
         return None
 
     def reset(self, split: str, seed: int) -> tuple[str, dict]:
-        if split not in SPLITS:
-            raise ValueError(f"unknown split {split!r}; there are {', '.join(SPLITS)}")
         self.side, self.said, self.steps = ("left", "right")[seed % 2], [], 0
         return f"Toss {seed % 7}: {self.side}.", {"task_type": self.side, "success": False}
 

@@ -21,12 +21,12 @@ class Env(Protocol):
     instructions: str  # the system turn of the prompt
 
     def size(self, split: str) -> int | None:
-        """Number of tasks in the split; None if it has one for every seed. Raises ValueError if there are none."""
+        """Number of tasks in the split; None if it has one for every seed. Raises ValueError if it is not installed."""
 
     def reset(self, split: str, seed: int) -> tuple[str, dict]:
         """Start task number `seed` of the split: first observation, info with "task_type" and "success".
 
-        Raises ValueError if there is no such split or task.
+        It is called for tasks that there are: the split is one of the world's, and the number is below its size.
         """
 
     def step(self, action: str) -> tuple[str, float, bool, bool, dict]:
@@ -50,22 +50,26 @@ class WorldError(SystemExit):
 class CheckedEnv:
     """An environment whose answers keep the contract of `Env`. A method raises WorldError if the world's own fails.
 
-    name: of the world.  make(config): builds the world, which is kept as `world`.
+    name, splits: of the world.  make(config): builds it; it is kept as `world`.
     """
 
-    def __init__(self, name: str, make: Callable[[Any], Env], config: Any):
-        self.name, self.steps = name, 0
+    def __init__(self, name: str, make: Callable[[Any], Env], config: Any, splits: tuple[str, ...]):
+        self.name, self.splits, self.steps = name, splits, 0
         with world_errors(name):
             self.world = make(config)
             self.instructions = _plain("instructions", self.world.instructions)
 
     def size(self, split: str) -> int | None:
         with world_errors(f"{self.name}.size"):
+            if split not in self.splits:
+                raise WorldError(f"unknown split {split!r}; there are {', '.join(self.splits)}")
             return _plain("number of tasks", self.world.size(split))
 
     def reset(self, split: str, seed: int) -> tuple[str, dict]:
-        self.steps = 0
+        size, self.steps = self.size(split), 0
         with world_errors(f"{self.name}.reset"):
+            if size is not None and not 0 <= seed < size:
+                raise WorldError(f"{split} has {size} tasks, numbered from 0; there is no {seed}")
             observation, info = _fields(self.world.reset(split, seed), "observation", "info")
             return observation, _info(info, "task_type", "success")
 

@@ -98,7 +98,7 @@ class Shop(Customer):
         self.goals = self.catalogue.goals
 
     def reset(self, split: str, seed: int) -> tuple[str, dict]:
-        """Start task number `seed` of a split, 0 to size(split) - 1. Raises ValueError if there is no such task."""
+        """Start task number `seed` of a split."""
         self.goal = self.goals[goal_number(len(self.goals), split, seed)]
         self.task_type, self.steps, self.score = self.catalogue.products[self.goal.asin].category, 0, 0.0
         self._fitting: dict[str, dict[str, str] | None] = {}  # the oracle's memory: what `_fit` returned

@@ -60,7 +60,7 @@ class Good:
 
 def checked(make=Good, **answers) -> CheckedEnv:
     """An environment of the world `mine` with these answers."""
-    return CheckedEnv("mine", type("Mine", (make,), {"answers": answers}), None)
+    return CheckedEnv("mine", type("Mine", (make,), {"answers": answers}), None, ("train", "eval"))
 
 
 def play(env: CheckedEnv, player: str = "oracle", tasks: int = 1) -> list[Episode]:
@@ -181,7 +181,7 @@ def test_a_number_of_tasks_that_is_none(size):
 @pytest.mark.parametrize("instructions", TEXT)
 def test_instructions_that_are_no_text(instructions):
     with pytest.raises(WorldError, match=r"^mine: instructions is .+, not text$"):
-        CheckedEnv("mine", type("Mine", (Good,), {"instructions": instructions}), None)
+        CheckedEnv("mine", type("Mine", (Good,), {"instructions": instructions}), None, ("train",))
 
 
 # ---------------------------------------------------------------------------------------------------- right answers
@@ -290,7 +290,7 @@ def test_an_exception_outside_of_an_episode_ends_the_program_with_one_line(excep
         raise exception
 
     for where, call in (
-        ("mine", lambda: CheckedEnv("mine", fail, None)),
+        ("mine", lambda: CheckedEnv("mine", fail, None, ("train",))),
         ("mine.size", lambda: checked(size=fail).size("train")),
         ("mine.reset", lambda: fingerprint(checked(reset=fail), [])),
         ("mine.step", lambda: example(checked(step=fail))),
@@ -383,7 +383,7 @@ def test_settings_are_read_by_their_types_whether_or_not_these_are_texts(mine, c
         ("p: float = 1", "p=half", "p must be a number, got 'half'"),
         ("hard: bool = True", "hard=maybe", "hard must be true or false, got 'maybe'"),
         ("n: int = 1", "m=1", "mine has no setting 'm'; it has n"),
-        ("n: int", "", "TypeError: Config.__init__() missing 1 required positional argument: 'n'"),
+        ("n: int", "", "mine: TypeError: Config.__init__() missing 1 required positional argument: 'n'"),
         *(
             (f"n: {kind} = ()", "n=1", "mine: the setting n is no int, float, bool, str or tuple[str, ...]: ")
             for kind in ("list[int]", "tuple[int, ...]", "int | None", "tuple", "object")
