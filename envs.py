@@ -39,7 +39,7 @@ ENVIRONMENTS = {
 SETTINGS = {
     int: ("an integer", int),
     float: ("a number", float),
-    bool: ("true or false", lambda text: {"true": True, "false": False}[text.lower()]),
+    bool: ("true or false", lambda text: {"true": True, "1": True, "false": False, "0": False}[text.lower()]),
     str: ("text", str),
     tuple[str, ...]: ("texts", lambda text: tuple(text.split(","))),
 }

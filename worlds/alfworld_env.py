@@ -45,15 +45,13 @@ class AlfWorldConfig:
 
     data: str = ""  # folder that contains json_2.1.1; "": $ALFWORLD_DATA, else ~/.cache/alfworld (alfworld-download)
     max_steps: int = 50  # the episode is truncated after this many actions
-    restate_task: int = 1  # 1: every observation ends with the task; 0: only the first one does, as in ALFWorld
+    restate_task: bool = True  # every observation ends with the task; else only the first one does, as in ALFWorld
     task_types: tuple[str, ...] = TASK_TYPES  # games of other types are left out
 
     def __post_init__(self):
         require_task_types(self.task_types)
         if self.max_steps < 1:
             raise ValueError(f"max_steps must be at least 1, got {self.max_steps}")
-        if self.restate_task not in (0, 1):
-            raise ValueError(f"restate_task must be 0 or 1, got {self.restate_task}")
 
 
 # ------------------------------------------------------------------------------------------------ finding games

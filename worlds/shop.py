@@ -68,12 +68,12 @@ class Catalogue:
 
 
 @cache
-def load_catalogue(data: str, products: int, goals: int, human_goals: int, seed: int) -> Catalogue:
+def load_catalogue(data: str, products: int, goals: int, human_goals: bool, seed: int) -> Catalogue:
     """The catalogue for these settings of ShopConfig, built once in a process."""
     if data:
-        items, tasks = load_files(data, limit=products, human_goals=bool(human_goals), seed=seed)
+        items, tasks = load_files(data, limit=products, human_goals=human_goals, seed=seed)
     else:
-        items, tasks = parse(*generate(products or 500, goals, seed), human_goals=bool(human_goals), seed=seed)
+        items, tasks = parse(*generate(products or 500, goals, seed), human_goals=human_goals, seed=seed)
     if len(tasks) < 6:
         raise ValueError(f"{data or 'the catalogue'} has {len(tasks)} goals; three splits need at least 6")
     return Catalogue(items, tasks)

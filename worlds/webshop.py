@@ -35,14 +35,12 @@ class ShopConfig:
     max_steps: int = 15  # actions, then the episode is truncated
     data: str = ""  # folder with WebShop's product files; "" for the made-up catalogue
     webshop_root: str = ""  # a WebShop checkout to drive; "" for the embedded shop
-    human_goals: int = 1  # 1: instructions that people wrote; 0: from a template
+    human_goals: bool = True  # instructions that people wrote; else from a template
     seed: int = 233  # of the made-up catalogue, of prices and of price limits
 
     def __post_init__(self):
         if self.products < 0 or self.goals < 1 or self.max_steps < 1:
             raise ValueError(f"products must be 0 or more, goals and max_steps at least 1, got {self}")
-        if self.human_goals not in (0, 1):
-            raise ValueError(f"human_goals must be 0 or 1, got {self.human_goals}")
         if self.data and self.webshop_root:
             raise ValueError("data and webshop_root exclude each other: a checkout has its own data folder")
         if self.webshop_root and self.products not in (0, 100, 1000, 100_000):
@@ -156,7 +154,7 @@ MODEL = "python -m spacy download en_core_web_sm"
 
 
 @cache
-def _load_engine(root: str, products: int, human_goals: int, seed: int):
+def _load_engine(root: str, products: int, human_goals: bool, seed: int):
     """(environment class, its settings, server) of a checkout. All environments share the server, which holds products,
     search index and goals.
 
@@ -177,7 +175,7 @@ def _load_engine(root: str, products: int, human_goals: int, seed: int):
         raise ValueError(f"WebShop in {root} does not start ({error!r}); it needs Java, and run: {MODEL}") from error
     if folder not in Path(engine.__file__).resolve().parents:
         raise ValueError(f"another WebShop, {engine.__file__}, is loaded already; there can be one for each process")
-    settings = {"observation_mode": "text", "human_goals": bool(human_goals), "num_products": products or None}
+    settings = {"observation_mode": "text", "human_goals": human_goals, "num_products": products or None}
     with _seeded(seed):
         rich.get_console()  # the engine prints with it; its creation draws random numbers and would shift the goals
     try:

@@ -373,7 +373,7 @@ def test_settings_are_read_by_their_types_whether_or_not_these_are_texts(mine, c
     mine(config=config_with(EVERY, future))
     config = make_config("mine", ["n=3", "p=1e-3", "hard=False", "name=b c", "kinds=x,y"])
     assert asdict(config) == {"n": 3, "p": 1e-3, "hard": False, "name": "b c", "kinds": ("x", "y")}
-    assert make_config("mine", ["hard=true"]).hard is True
+    assert [make_config("mine", [f"hard={text}"]).hard for text in ("true", "1", "0")] == [True, True, False]
 
 
 @pytest.mark.parametrize(
