@@ -32,8 +32,8 @@ class Env(Protocol):
     def step(self, action: str) -> tuple[str, float, bool, bool, dict]:
         """Observation, reward (0 before the end), terminated, truncated, info with "valid", "task_type", "success".
 
-        The values of an info can be written as JSON. Evaluations report "score" and "f1" if it has them, both numbers.
-        An episode ends within MOST_STEPS steps.
+        Upper and lower case in the action are the same. The values of an info can be written as JSON. Evaluations
+        report "score" and "f1" if it has them, both numbers. An episode ends within MOST_STEPS steps.
         """
 
     def admissible(self) -> list[str]:
