@@ -215,7 +215,7 @@ def test_episodes_that_an_environment_aborted_are_in_no_loss_and_in_no_statistic
     assert metrics["episode/truncated_frac"] == 0
     assert metrics["entropy/mean"] == pytest.approx(float(entropy[valid].mean()))
     for row in aborted:  # on record, with the entropy that was measured, and with nothing that was trained
-        assert kept(out)[row]["info"]["error"] == "ConnectionError: gone"
+        assert kept(out)[row]["info"]["error"] == "coin.step: ConnectionError: gone"
         assert kept(out)[row]["modulation"]["entropy"][0] > 0
         assert set(kept(out)[row]["modulation"]["advantage"]) == {0.0}
     assert read_run(out)["batches"][0]["steps"] == int(valid.sum())
