@@ -6,14 +6,18 @@ seeds' differences.
 
 import json
 import re
-from collections.abc import Callable
+import sys
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from itertools import product
 from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
+from filelock import FileLock
 from scipy import stats
+
+from engine.files import RecordError, read_lines, replace_file
 
 RESULTS = Path(__file__).parents[1] / "docs" / "results"
 STUDY_GAMES = "out/study_games"  # ALFWorld games in small rooms; the study writes them
@@ -165,8 +169,31 @@ class Study:
 
 
 def read_file(file: Path) -> list[Row]:
-    """The rows of a file of results; none if there is no such file."""
-    return [json.loads(line) for line in file.read_text().splitlines()] if file.exists() else []
+    """The rows of a file of results; none if there is no such file. Says if the last one is cut off, which is left out.
+
+    Raises RecordError if another line is not a row.
+    """
+    rows, faults, cut = read_lines(file, fault_of_row) if file.exists() else ([], [], "")
+    if faults:
+        raise RecordError(f"{faults[0]}; repair or delete the line")
+    if cut:
+        print(f"{cut}, so this row is left out", file=sys.stderr)
+    return rows
+
+
+def fault_of_row(row) -> str:
+    return "" if isinstance(row, dict) and row.keys() >= {"seed", "machine"} else "not a row of results"
+
+
+def add_row(file: Path, row: Row, once: Sequence[str] = ()) -> None:
+    """Append a row, unless `once` names values in which a row that is there is the same. A row that is cut off goes."""
+    with FileLock(file.with_name(f".{file.name}.lock")):  # a study on other seeds may write to the same file
+        there, _, cut = read_lines(file, fault_of_row) if file.exists() else ([], [], "")
+        if once and any(all(other.get(name) == row[name] for name in once) for other in there):
+            return
+        text = file.read_text(encoding="utf-8") if file.exists() else ""
+        text = text.rpartition("\n")[0] if cut else text.removesuffix("\n")
+        replace_file(file, f"{text}\n{json.dumps(row)}\n".lstrip())
 
 
 def read_rows(name: str) -> list[Row]:

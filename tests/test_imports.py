@@ -59,6 +59,24 @@ def test_the_top_level_is_what_a_student_reads():
     assert [name for name in lines if lines[name] > 350] == []
 
 
+def test_text_files_have_an_encoding():
+    """The default is the machine's. A page written in UTF-8 could not be read in another locale."""
+
+    def is_text(call: ast.Call) -> bool:
+        name = getattr(call.func, "attr", getattr(call.func, "id", ""))
+        mode = [arg.value for arg in call.args if isinstance(arg, ast.Constant)]
+        return name in ("read_text", "write_text") or (name == "open" and not any("b" in str(text) for text in mode))
+
+    files = [*TREES.items(), *((path.name, ast.parse(path.read_text())) for path in ROOT.glob("docs/lab/*.py"))]
+    calls = [(name, node) for name, tree in files for node in ast.walk(tree) if isinstance(node, ast.Call)]
+    missing = [
+        (name, ast.unparse(call))
+        for name, call in calls
+        if is_text(call) and "encoding" not in {keyword.arg for keyword in call.keywords}
+    ]
+    assert missing == []
+
+
 def test_the_formulas_need_torch_alone_and_the_small_worlds_nothing():
     assert {room(module) for module in imports(TREES["empg"])} - sys.stdlib_module_names == {"torch"}
     for world in ("house", "coin"):

@@ -559,7 +559,7 @@ def test_a_loss_that_is_not_finite_stops_the_run_and_saves_the_episode(run, begu
 
 
 def write_checksums(folder: Path) -> None:
-    (folder / checkpoint.CHECKSUMS).write_text(json.dumps(checkpoint._checksums(folder)))
+    (folder / checkpoint.CHECKSUMS).write_text(json.dumps(checkpoint.checksums(folder)))
 
 
 def test_a_folder_belongs_to_one_run_at_a_time(run, begun):
