@@ -1,6 +1,7 @@
 """The study: methods differ in nothing but the method, rows repeat, statistics match scipy, tables match the rows."""
 
 import json
+import multiprocessing
 import os
 import re
 import signal
@@ -14,6 +15,7 @@ import numpy as np
 import pytest
 import torch
 from scipy import stats
+from tqdm import tqdm
 
 from config import TrainConfig, parse_config
 from empg import kl_k3
@@ -143,55 +145,29 @@ def test_a_row_of_metrics_that_are_not_of_its_run_alone_is_refused(coin, monkeyp
     assert "Traceback" in (tmp_path / "coin" / "grpo" / "3" / "log.txt").read_text()
 
 
-STUDY = """
-import os, sys, time
-from pathlib import Path
-
-sys.path.insert(0, ROOT)
-from paper import study
-
-def run_row(world, method, seed, out):
-    with open(Path(out, "pid"), "a") as file:
-        print(os.getpid(), file=file)
-    time.sleep(600 * (seed > 0))
-    return {"world": world, "method": method, "seed": seed, "machine": study.machine()}
-
-study.run_row = run_row
-if __name__ == "__main__":
-    study.main()
-"""
-
-
-def test_ctrl_c_ends_a_study_and_the_rows_that_are_finished_are_there(tmp_path):
+def test_ctrl_c_ends_a_study_and_the_rows_that_are_finished_are_there(monkeypatch, tmp_path):
     """It trained every other run to its end, and recorded none."""
-    (tmp_path / "study.py").write_text(STUDY.replace("ROOT", repr(str(report.ROOT))))
-    flags = f"--world house --methods grpo --seeds 0 1 2 --jobs 1 --results rows --out {tmp_path}".split()
-    environment = os.environ | {"TQDM_DISABLE": "1", "OMP_NUM_THREADS": "1"}
-    process = subprocess.Popen(
-        [sys.executable, "study.py", *flags],
-        cwd=tmp_path,
-        env=environment,
-        stderr=subprocess.PIPE,
-        text=True,
-        start_new_session=True,
-    )
-    try:
-        until(lambda: len(read_file(tmp_path / "rows")) == 1 and len((tmp_path / "pid").read_text().split()) == 2)
-        os.killpg(process.pid, signal.SIGINT)  # as a terminal does
-        _, said = process.communicate(timeout=60)
-    finally:
-        process.kill()
-    assert said == "stopped; 2 of 3 rows are missing, the same command makes them\n"
-    assert process.returncode == 1
-    assert [row["seed"] for row in read_file(tmp_path / "rows")] == [0]
-    assert not [pid for pid in (tmp_path / "pid").read_text().split() if Path(f"/proc/{pid}").exists()]
 
+    def run_row(world, method, seed, out):
+        with (tmp_path / "began").open("a") as file:
+            print(seed, os.getpid(), os.getpgrp(), signal.getsignal(signal.SIGINT) == signal.SIG_IGN, file=file)
+        if seed:
+            os.kill(os.getppid(), signal.SIGINT)
+            time.sleep(600)
+        return {"world": world, "method": method, "seed": seed, "machine": study.machine()}
 
-def until(condition, seconds: float = 120) -> None:
-    start = time.monotonic()
-    while not condition():
-        assert time.monotonic() - start < seconds
-        time.sleep(0.05)
+    fork = multiprocessing.get_context("fork")  # which imports nothing again
+    monkeypatch.setattr(study.multiprocessing, "get_context", lambda kind: fork)
+    monkeypatch.setattr(study, "run_row", run_row)
+    config = study.StudyConfig(world="house", results=str(tmp_path / "rows"), out=str(tmp_path / "out"), jobs=1)
+    with pytest.raises(SystemExit, match=r"^stopped; 2 of 3 rows are missing, the same command makes them$"):
+        study.make_rows(config, [("grpo", seed) for seed in range(3)], tqdm(disable=True))
+    assert [row["seed"] for row in read_file(config.file)] == [0]
+    seeds, processes, groups, ignored = zip(*map(str.split, (tmp_path / "began").read_text().splitlines()), strict=True)
+    assert seeds == ("0", "1")
+    assert processes == groups  # each is in a group of its own, and a terminal signals that of the study alone
+    assert ignored == ("True", "True")  # while it imports, before it has its own group
+    assert not [number for number in processes if Path(f"/proc/{number}").exists()]
 
 
 def test_a_row_that_is_made_again_leaves_the_run_of_the_first():
