@@ -48,8 +48,7 @@ def fault_of_metrics(row) -> str:
     """What is wrong with a line of a metrics.jsonl or timings.jsonl; "" for nothing."""
     if not isinstance(row, dict) or "iteration" not in row:
         return 'not an object with an "iteration"'
-    words = [key for key, value in row.items() if not isinstance(value, int | float)]
-    return f"{words[0]!r} is not a number" if words else ""
+    return next((f"{key!r} is not a number" for key, value in row.items() if not isinstance(value, int | float)), "")
 
 
 def draw_curves(metrics: Path, picture: Path) -> Figure:

@@ -14,32 +14,25 @@ from typing import Any
 from filelock import FileLock
 
 CHECKSUMS = "sha256.json"  # the checksums of the other files of a folder
-MOST_DIGITS = 300  # of an integer in JSON; with 310 it does not fit into a float
 
 
 class RecordError(SystemExit):
     """A file of the run cannot be written or read. Ends the program with its message, one line, unless it is caught."""
 
 
-# ---------------------------------------------------------------------------------------------------------- reading
-
-
-def _integer(digits: str) -> int:
-    if len(digits) > MOST_DIGITS:
-        raise ValueError(f"an integer of {len(digits)} digits")
-    return int(digits)
-
-
 def parse_json(text: bytes, where: object) -> Any:
-    """The value of a JSON text. Raises ValueError, which begins with `where`, if there is none."""
+    """The value of a JSON text. Raises ValueError, which begins with `where`, if there is none.
+
+    An integer that does not fit into a float becomes infinity, as such a decimal number does.
+    """
     try:
-        return json.loads(text, parse_int=_integer)
+        return json.loads(text, parse_int=lambda digits: int(digits) if len(digits) < 300 else float(digits))
     except (ValueError, RecursionError) as error:  # broken UTF-8 and deep nesting included
         raise ValueError(f"{where}: not JSON ({error})") from None
 
 
 def read_json(path: Path) -> Any:
-    """The value of a JSON file. Raises ValueError, which names the file, or OSError."""
+    """The value of a JSON file. Raises OSError, or ValueError that names the file."""
     return parse_json(path.read_bytes(), path)
 
 
@@ -54,21 +47,16 @@ def read_lines(path: Path, check: Callable[[Any], str]) -> tuple[list[Any], list
     for number, line in enumerate([*lines, last] if last else lines, 1):
         where = f"{path}, line {number}"
         try:
-            value = parse_json(line, where)
+            values.append(parse_json(line, where))
+            if fault := check(values[-1]):
+                values.pop()
+                faults.append(f"{where}: {fault}")
         except ValueError as error:
             if number > len(lines):
                 cut = f"{where}: cut off"
             else:
                 faults.append(str(error))
-            continue
-        if fault := check(value):
-            faults.append(f"{where}: {fault}")
-        else:
-            values.append(value)
     return values, faults, cut
-
-
-# ---------------------------------------------------------------------------------------------------------- writing
 
 
 @contextmanager
@@ -113,11 +101,10 @@ def require_writable(folder: Path) -> None:
 
 def require_writable_file(path: Path) -> None:
     """Raises RecordError unless the file can be written. To be called before a measurement, which would be lost."""
+    require_writable(path.parent)
     if path.exists():
         with naming_the_file(path):
             path.open("ab").close()
-    if path.is_file() or not path.exists():
-        require_writable(path.parent)
 
 
 def lock_of(folder: Path) -> FileLock:
@@ -129,21 +116,17 @@ def lock_of(folder: Path) -> FileLock:
     return FileLock(folder / ".lock", is_singleton=True)
 
 
-# -------------------------------------------------------------------------------------------------------- checksums
-
-
 def write_checksums(folder: Path) -> None:
-    """Write CHECKSUMS, from which `own_and_foreign` and a checkpoint's verification see what has changed since."""
     (folder / CHECKSUMS).write_text(json.dumps(checksums(folder), indent=1), encoding="utf-8")
 
 
 def own_and_foreign(folder: Path) -> tuple[set[str], set[str]]:
     """The files in a folder that are as its checksums say, and the others. The file of checksums is in neither."""
+    actual = checksums(folder)
     try:
         expected = dict(read_json(folder / CHECKSUMS))
     except (OSError, TypeError, ValueError):
         expected = {}
-    actual = checksums(folder)
     own = {name for name in actual if actual[name] == expected.get(name)}
     return own, actual.keys() - own
 

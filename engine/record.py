@@ -153,7 +153,7 @@ class Record:
 
     def _rows_until(self, last: int, log: Path) -> list[dict]:
         """The rows of a log, one for each of the iterations 0 to `last`. A damaged log does not stop a run that has a
-        checkpoint: one line says what is lost, and the log is kept under another name."""
+        checkpoint. One line says what is lost."""
         try:
             rows, faults, _ = read_lines(log, fault_of_metrics)
         except OSError as error:

@@ -21,7 +21,7 @@ from engine.files import require_writable_file
 from engine.record import revision
 from eval import evaluate, first_tasks, load_player, open_envs, parse_eval_config, summarize
 from paper.rows import RESULTS, Row, add_row, read_file
-from paper.study import KEY, TASKS, WORLDS, machine, rounded
+from paper.study import TASKS, WORLDS, machine, rounded
 
 FIRST = "first"  # in the place of a method: the warm start, which all methods of a seed share
 
@@ -75,7 +75,7 @@ def main() -> None:
         world, method, seed = run.parts[-3:]
         if (world, FIRST if greedy.first else method, seed, machine()) not in there:
             row = greedy_row(run, greedy.first)
-            add_row(file, row, KEY)
+            add_row(file, row)
 
 
 if __name__ == "__main__":

@@ -7,7 +7,7 @@ seeds' differences.
 import json
 import re
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass
 from itertools import product
 from pathlib import Path
@@ -185,11 +185,11 @@ def fault_of_row(row) -> str:
     return "" if isinstance(row, dict) and row.keys() >= {"seed", "machine"} else "not a row of results"
 
 
-def add_row(file: Path, row: Row, once: Sequence[str] = ()) -> None:
-    """Append a row, unless `once` names values in which a row that is there is the same. A row that is cut off goes."""
-    with FileLock(file.with_name(f".{file.name}.lock")):  # a study on other seeds may write to the same file
+def add_row(file: Path, row: Row, key: Callable[[Row], tuple] | None = None) -> None:
+    """Append a row, unless one with the same key is there. A last row that is cut off is removed."""
+    with FileLock(file.with_name(f".{file.name}.lock")):  # another study may write to the same file
         there, _, cut = read_lines(file, fault_of_row) if file.exists() else ([], [], "")
-        if once and any(all(other.get(name) == row[name] for name in once) for other in there):
+        if key and key(row) in map(key, there):
             return
         text = file.read_text(encoding="utf-8") if file.exists() else ""
         text = text.rpartition("\n")[0] if cut else text.removesuffix("\n")

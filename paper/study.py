@@ -9,8 +9,8 @@ run again, so a study that was stopped is resumed by the same command. As many r
 each with one thread. Rows repeat exactly on one CPU type. A seed half done on another type is run again here, all
 methods. docs/protocol.md says what was fixed before the first row.
 
-A run's process writes its own row. It does so even if the study that started it was killed. Of several studies at once
-one makes a row, and the others wait for it. Ctrl-C ends the runs that are not finished.
+A run's process writes its own row, even if the study that started it was killed. Of several studies at once one makes
+a row, and the others wait for it. Ctrl-C ends the runs that are not finished.
 """
 
 import json
@@ -49,7 +49,6 @@ GAMES = {"train": 500, "valid_seen": 300, "valid_unseen": 300}
 
 TASKS = dict.fromkeys(WORLDS, 1000)  # of each held-out split, if there are so many
 CONTINUATIONS = 4  # of the ceiling, from before every step
-KEY = ("world", "method", "seed", "machine")  # names of the values that tell rows apart
 
 
 @dataclass(frozen=True)
@@ -102,14 +101,13 @@ def credit_of(method: str) -> Callable[..., Modulation]:
 
 
 def make_row(study: StudyConfig, method: str, seed: int) -> None:
-    """Make a row and write it to the file of rows, in a process of its own. An error is one line, and all of it in the
-    log of the run."""
+    """Make and record a row, in a process of its own. An error is one line here, and all of it is in the run's log."""
     os.setpgrp()  # Ctrl-C in a terminal is for `main`, which ends this process
     run = Path(study.folder) / study.world / method / str(seed)
     try:
         with lock_of(run):  # waits while another study makes this row
             if (method, seed, machine()) not in {key(row) for row in read_file(study.file)}:
-                add_row(study.file, run_row(study.world, method, seed, study.folder), KEY)
+                add_row(study.file, run_row(study.world, method, seed, study.folder), key)
     except (Exception, SystemExit) as error:
         with (run / "log.txt").open("a", encoding="utf-8") as log:
             traceback.print_exc(file=log)
@@ -163,10 +161,9 @@ def rounded(row: dict) -> dict:
 def missing(rows: list[Row], methods: list[str], seeds: list[int], here: str) -> list[tuple[str, int]]:
     """The methods and seeds to run on a machine of the kind `here`, so that one kind has every method of each seed."""
     there = {key(row) for row in rows}
-    kinds = {kind for _, _, kind in there}
+    kinds = {row["machine"] for row in rows}
     finished = {seed for seed in seeds for kind in kinds if {(method, seed, kind) for method in methods} <= there}
-    open_seeds = [seed for seed in dict.fromkeys(seeds) if seed not in finished]
-    wanted = [(method, seed) for seed in open_seeds for method in dict.fromkeys(methods)]
+    wanted = dict.fromkeys((method, seed) for seed in seeds for method in methods if seed not in finished)
     return [(method, seed) for method, seed in wanted if (method, seed, here) not in there]
 
 

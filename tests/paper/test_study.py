@@ -186,8 +186,8 @@ def test_a_row_that_is_cut_off_is_left_out_with_a_word_and_made_again(end, tmp_p
         lines.write(json.dumps(rows[1], ensure_ascii=False) + end)
     assert read_file(file) == rows[:2]
     assert (f"{file}, line 3: cut off" in capsys.readouterr().err) == (len(end) > 1)
-    add_row(file, rows[2], once=("seed",))
-    add_row(file, rows[2], once=("seed",))
+    add_row(file, rows[2], study.key)
+    add_row(file, rows[2], study.key)
     assert read_file(file) == rows
     assert capsys.readouterr().err == ""
 
