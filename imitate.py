@@ -102,7 +102,7 @@ def read_config(policy: str) -> PretrainedConfig:
         return tiny_model_config(TinyConfig(), TinyConfig.vocab_size)
     try:
         return load_config(policy)
-    except (OSError, ValueError) as error:
+    except (OSError, RecursionError, ValueError) as error:
         raise PolicyError(f"no policy at {policy!r}: {str(error).splitlines()[0]}") from error
 
 

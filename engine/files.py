@@ -144,7 +144,8 @@ def content_digest(path: Path, pattern: str) -> str:
     """
     if path.is_file():
         return _digest(path)
-    files = [file.relative_to(path) for file in path.glob(pattern) if file.is_file() and file.suffix != ".md"]
+    readable = [file for file in path.glob(pattern) if file.is_file() and os.access(file, os.R_OK)]
+    files = [file.relative_to(path) for file in readable if file.suffix != ".md"]
     kept = [file for file in files if not any(part.startswith((".", "__pycache__")) for part in file.parts)]
     return hashlib.sha256(json.dumps([(str(file), _digest(path / file)) for file in sorted(kept)]).encode()).hexdigest()
 

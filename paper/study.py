@@ -20,6 +20,7 @@ import platform
 import shlex
 import shutil
 import signal
+import sys
 import time
 import traceback
 from collections.abc import Callable
@@ -30,6 +31,7 @@ from pathlib import Path
 
 import torch
 import transformers
+from filelock import FileLock, Timeout
 from tqdm import tqdm
 from transformers.hf_argparser import HfArg
 
@@ -105,7 +107,7 @@ def make_row(study: StudyConfig, method: str, seed: int) -> None:
     os.setpgrp()  # Ctrl-C in a terminal is for `main`, which ends this process
     run = Path(study.folder) / study.world / method / str(seed)
     try:
-        with lock_of(run):  # waits while another study makes this row
+        with taken(run):
             if (method, seed, machine()) not in {key(row) for row in read_file(study.file)}:
                 add_row(study.file, run_row(study.world, method, seed, study.folder), key)
     except (Exception, SystemExit) as error:
@@ -114,11 +116,21 @@ def make_row(study: StudyConfig, method: str, seed: int) -> None:
         raise SystemExit(f"{study.world} {method} {seed} failed: {error}; see {run / 'log.txt'}") from None
 
 
+def taken(run: Path) -> FileLock:
+    """The lock of a run's folder, acquired. Waits for another process that is using the folder."""
+    lock = lock_of(run)
+    try:
+        lock.acquire(timeout=0)
+    except Timeout:
+        print(f"waiting for another process, which uses {run}", file=sys.stderr)
+        lock.acquire()
+    return lock
+
+
 def run_row(world: str, method: str, seed: int, out: str) -> dict:
     """Train and measure. The output goes to a file. Raises ValueError if the metrics are not of this run alone."""
     run = Path(out) / world / method / str(seed)
-    lock = lock_of(run)
-    lock.acquire()  # until `lock` is deleted
+    lock = taken(run)
     for path in set(run.iterdir()) - {run / ".lock"}:  # what is left of a run that was stopped
         shutil.rmtree(path) if path.is_dir() and not path.is_symlink() else path.unlink()
     transformers.utils.logging.disable_progress_bar()
@@ -150,6 +162,7 @@ def run_row(world: str, method: str, seed: int, out: str) -> dict:
         "zero_std": [round(row["group/zero_std_frac"], 4) for row in metrics if "group/zero_std_frac" in row],
         "episodes": sum(row.get("group/tasks_used", 0) * config.group_size for row in metrics),
     } | measured
+    lock.release()
     return rounded(row)
 
 
