@@ -131,7 +131,7 @@ def collate(episodes: list[Episode], device: torch.device | str = "cpu") -> Batc
 
 def save_episodes(path: Path, episodes: list[Episode]) -> None:
     """Write one JSON object a line: first the texts of the episode, then its token lists. Floats are exact."""
-    path.write_text("".join(json.dumps(asdict(episode)) + "\n" for episode in episodes))
+    path.write_text("".join(json.dumps(asdict(episode)) + "\n" for episode in episodes), encoding="utf-8")
 
 
 def load_episodes(path: Path) -> list[Episode]:
@@ -140,14 +140,14 @@ def load_episodes(path: Path) -> list[Episode]:
     Raises ValueError for a line that is not an episode; it names file and line.
     """
     episodes = []
-    for number, line in enumerate(path.read_text().splitlines(), 1):
+    for number, line in enumerate(path.read_bytes().splitlines(), 1):
         try:
             record = json.loads(line)
             values = {field.name: record[field.name] for field in fields(Episode)}
             values["task"] = Task(**record["task"])
             values["steps"] = [Step(**step) for step in record["steps"]]
             episodes.append(Episode(**values))
-        except (KeyError, TypeError, ValueError) as error:
+        except (KeyError, RecursionError, TypeError, ValueError) as error:
             raise ValueError(f"{path}, line {number}: not an episode ({error})") from error
     return episodes
 

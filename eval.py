@@ -28,8 +28,9 @@ from scipy import stats
 
 from config import EvalConfig, TrainConfig, fail, given_flags, parse_config
 from engine.checkpoint import evaluation_of, world_settings
+from engine.files import replace_file, replacing, require_writable_file
 from engine.ranks import explain_out_of_memory, play_over_ranks, start_ranks, weights_for_sampling
-from engine.record import naming_the_file, precision_of, require_writable
+from engine.record import precision_of
 from engine.sampler_check import require_exact_sampling
 from engine.world_errors import require_steps
 from envs import PLAYERS, Env, example, held_out_splits, make_envs
@@ -250,9 +251,8 @@ def main() -> None:
 
 def run(config: EvalConfig, accelerator: Accelerator) -> None:
     """Play, and let the main process print and write the result."""
-    files = [Path(file) for file in (config.episodes, config.json) if file]
-    for file in files:
-        require_writable(file.parent)
+    for file in filter(None, (config.episodes, config.json)):
+        require_writable_file(Path(file))
     names = config.compare or [config.policy]
     players = [name if name in PLAYERS else load_player(name, config, accelerator) for name in names]
     envs = open_envs(config, config.batch_size if set(names) - set(PLAYERS) else 1, config.split)
@@ -267,11 +267,11 @@ def run(config: EvalConfig, accelerator: Accelerator) -> None:
     result = report(dict(zip(names, played, strict=True)))
     if config.compare:
         result["paired"] = report_pair(*zip(names, played, strict=True))
-    with naming_the_file(files[0] if files else Path()):
-        if config.episodes:
-            save_episodes(Path(config.episodes), [episode for episodes in played for episode in episodes])
-        if config.json:
-            Path(config.json).write_text(json.dumps(result, indent=1) + "\n")
+    if config.episodes:
+        with replacing(Path(config.episodes)) as file:
+            save_episodes(file, [episode for episodes in played for episode in episodes])
+    if config.json:
+        replace_file(Path(config.json), json.dumps(result, indent=1) + "\n")
     print(json.dumps(result))
 
 

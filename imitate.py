@@ -36,8 +36,9 @@ from transformers import AutoModelForCausalLM, PretrainedConfig
 
 import envs
 from config import TrainConfig, fail, parse_config
+from engine.checkpoint import CheckpointError, verify_checkpoint, write_folder
+from engine.files import CHECKSUMS, require_writable
 from engine.ranks import COMPUTE, explain_out_of_memory, split_by_tokens, start_ranks
-from engine.record import require_writable
 from engine.scorer import make_scorable
 from engine.world_errors import require_none_aborted
 from envs import Env, careless_player, format_response
@@ -48,14 +49,19 @@ from rollout import play_scripted, train_task
 from tiny import TinyConfig, tiny_model_config, tiny_policy
 
 
-def first_policy(config: TrainConfig, accelerator: Accelerator, env: Env) -> str:
+def first_policy(config: TrainConfig, accelerator: Accelerator, env: Env, link: Path | None = None) -> str:
     """Folder or hub id of the policy that training starts from. If it is to imitate first and the result is not in the
-    cache, the main process makes it; the others wait."""
+    cache, the main process makes it; the others wait.  link: to that of a run which is resumed."""
     if not config.demonstrations:
-        return config.policy
+        return str(link) if link and link.exists() else config.policy
     folder = [""]
     if accelerator.is_main_process:
-        folder = [str(cold_start(config, accelerator, env))]
+        # The warm starts of older runs have no checksums.
+        sound = link and link.exists() and (is_whole(link) or not (link / CHECKSUMS).exists())
+        first = link if sound else cold_start(config, accelerator, env)
+        if link and config.kl_coef and first.resolve() != link.resolve():
+            raise CheckpointError(f"the policy that {link} names is lost, and this code would imitate another one")
+        folder = [str(first)]
     return broadcast_object_list(folder)[0]
 
 
@@ -96,7 +102,7 @@ def read_config(policy: str) -> PretrainedConfig:
         return tiny_model_config(TinyConfig(), TinyConfig.vocab_size)
     try:
         return load_config(policy)
-    except (OSError, ValueError) as error:
+    except (OSError, RecursionError, ValueError) as error:
         raise PolicyError(f"no policy at {policy!r}: {str(error).splitlines()[0]}") from error
 
 
@@ -205,24 +211,37 @@ def _sampled_logits_and_ids(policy: Policy, rows: list[tuple[list[int], list[boo
 
 
 def warm_start(definition: dict, make: Callable[[], Policy], cache: Path) -> Path:
-    """Folder of the policy that `make` returns. It is made once and then found again in the cache.
+    """Folder of the policy that `make` returns. It is made once and then found again in the cache, if it is whole.
 
     definition: JSON that says what `make` makes; with the versions of the libraries it names the folder.
     """
     versions = [module.__version__ for module in (torch, transformers, tokenizers)]
     name = json.dumps([definition, versions], sort_keys=True)
     folder = cache / hashlib.sha256(name.encode()).hexdigest()[:16]
-    if not folder.exists():
+    if not is_whole(folder):
+        if folder.exists():
+            tqdm.write(f"{folder} is damaged; making this warm start anew")
         policy = make()
-        aside = folder.with_name(f".{folder.name}.{os.getpid()}")  # a run that is killed leaves no half of a folder
-        policy.save(aside)
+        aside = folder.with_name(f".{folder.name}.{os.getpid()}")  # another run may build the same policy meanwhile
+        write_folder(aside, policy.save, {})
+        if not is_whole(folder):
+            shutil.rmtree(folder, ignore_errors=True)
         try:
             os.replace(aside, folder)
-        except OSError:  # another run built the same policy meanwhile: a folder that is not empty cannot be replaced
+        except OSError:  # the other run was first: a folder that is not empty cannot be replaced
             shutil.rmtree(aside)
             if not folder.exists():
                 raise
     return folder
+
+
+def is_whole(folder: Path) -> bool:
+    """Whether a folder of the cache holds what was written there."""
+    try:
+        verify_checkpoint(folder)
+    except CheckpointError:
+        return False
+    return True
 
 
 def fingerprint(env: Env, args: list[str]) -> list:
@@ -233,8 +252,8 @@ def fingerprint(env: Env, args: list[str]) -> list:
     named = [Path(value) for _, found, value in (arg.partition("=") for arg in args) if found and value]
     stats = [stat for path in named if path.exists() for stat in file_stats(path)]
     source = Path(envs.__file__)
-    code = [file.read_text() for file in sorted(source.parent.glob("worlds/*.py"))]
-    return [sorted(args), size, env.instructions, first, stats, code, source.read_text()]
+    code = [file.read_text(encoding="utf-8") for file in sorted(source.parent.glob("worlds/*.py"))]
+    return [sorted(args), size, env.instructions, first, stats, code, source.read_text(encoding="utf-8")]
 
 
 def files_of_policy(policy: str) -> list:

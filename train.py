@@ -216,7 +216,7 @@ def train(config: TrainConfig, assign_credit: Callable[..., Modulation] = assign
 def prepare(config: TrainConfig, accelerator: Accelerator, env: Env, checkpoint: Path | None = None) -> Learner:
     """The learner: from the policy that training starts from, or restored from a checkpoint."""
     link = Path(config.out) / "first_policy"
-    first = str(link) if checkpoint and link.exists() else first_policy(config, accelerator, env)
+    first = first_policy(config, accelerator, env, link if checkpoint else None)
     if accelerator.is_main_process:
         link_first_policy(link, first)
     learner = make_learner(config, accelerator, str(checkpoint or first), first)

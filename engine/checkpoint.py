@@ -5,7 +5,6 @@ every file beside it. There is no random state to keep: every random number of a
 the episode (see rollout.py).
 """
 
-import hashlib
 import json
 import os
 import re
@@ -14,6 +13,7 @@ import shutil
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, fields
 from functools import partial
+from os.path import exists
 from pathlib import Path
 from pickle import UnpicklingError
 
@@ -23,11 +23,11 @@ from torch.distributed.checkpoint.api import CheckpointException
 from tqdm import tqdm
 
 from config import EvalConfig, TrainConfig, fail
+from engine.files import CHECKSUMS, checksums, content_digest, read_json, write_checksums
 from engine.ranks import full_weights, load_shards, save_shards
 from envs import held_out_splits, setting_types
 from policy import Policy
 
-CHECKSUMS = "sha256.json"
 SHARDS = "shards"  # the folder of a sharded model and its optimizer, within a checkpoint
 KEEP = 2  # the newest and the one before it
 MAY_CHANGE = {  # flags that a resumed run may give another value
@@ -52,6 +52,7 @@ class RunState:
     best: dict | None = None  # the evaluation with the most success, and its "iteration"
     saved: int = -1  # the iteration of the last checkpoint
     mixed_precision: str | None = None  # as Accelerate names it; None: an older run, which did not note it
+    sources: dict | None = None  # see `sources_of`; None: an older run
 
     @property
     def last_written(self) -> int:
@@ -75,13 +76,17 @@ def run_position(config: TrainConfig, mixed_precision: str) -> tuple[Path | None
     if not config.resume:
         if saved:
             raise CheckpointError(f"{out} holds a run already: continue it with --resume, or choose another --out")
-        return None, RunState(asdict(config), unwritten={}, mixed_precision=mixed_precision)
+        return None, RunState(asdict(config), unwritten={}, mixed_precision=mixed_precision, sources=sources_of(config))
     if not saved:
         raise CheckpointError(f"there is no checkpoint in {out} to resume from")
     newest = newest_good(saved)
-    state = RunState(**json.loads((newest / "state.json").read_text()))
+    state = _state_of(newest)
     if changed := _changed_flags(config, state.config):
         raise CheckpointError(f"{out} was trained with {changed}; resume with the same, or choose another --out")
+    sources = sources_of(config)
+    if other := [flag for flag, digest in (state.sources or {}).items() if sources.get(flag, digest) != digest]:
+        raise CheckpointError(f"what {other[0]} names is not what {out} was trained with; restore it to resume")
+    state.sources = sources
     if state.mixed_precision not in (None, mixed_precision):
         raise CheckpointError(
             f"{out} was trained in mixed precision {state.mixed_precision}, and this launcher says {mixed_precision}: "
@@ -94,6 +99,17 @@ def run_position(config: TrainConfig, mixed_precision: str) -> tuple[Path | None
     return newest, state
 
 
+def _state_of(folder: Path) -> RunState:
+    """The state of a checkpoint. Raises CheckpointError if another version of this code wrote it."""
+    try:
+        state = RunState(**read_json(folder / "state.json"))
+        if unknown := state.config.keys() - {field.name for field in fields(TrainConfig)}:
+            raise ValueError(f"there is no flag --{min(unknown)}")
+    except (AttributeError, OSError, TypeError, ValueError) as error:
+        raise CheckpointError(f"{folder} is of another version of this code: {error}") from error
+    return state
+
+
 def _changed_flags(config: TrainConfig, before: dict) -> str:
     """The flags, with their values `before`, that have another value now and may not."""
     flags = []
@@ -101,6 +117,11 @@ def _changed_flags(config: TrainConfig, before: dict) -> str:
         if name not in MAY_CHANGE and getattr(config, name) != value:
             flags.append(f"--{name} {' '.join(value) if isinstance(value, list) else value}")
     return ", ".join(flags)
+
+
+def _sources(env: str) -> set[str]:
+    """Settings of a world that are texts: each names a file, a folder with code, a server or a data set on the hub."""
+    return {name for name, kind in setting_types(env).items() if kind is str}
 
 
 def newest_good(saved: list[Path]) -> Path:
@@ -190,8 +211,8 @@ def write_folder(folder: Path, write: Callable[[Path], None], state: dict) -> No
             shutil.rmtree(leftover, ignore_errors=True)
         aside.mkdir(parents=True)
         write(aside)
-        (aside / "state.json").write_text(json.dumps(state, indent=1))
-        (aside / CHECKSUMS).write_text(json.dumps(_checksums(aside), indent=1))
+        (aside / "state.json").write_text(json.dumps(state, indent=1), encoding="utf-8")
+        write_checksums(aside)
         if folder.exists():
             os.replace(folder, replaced)
         os.replace(aside, folder)
@@ -224,7 +245,7 @@ def evaluation_of(player: str) -> dict:
     same = {field.name for field in fields(EvalConfig)} & {field.name for field in fields(TrainConfig)} - {"policy"}
     for file in (Path(player) / "state.json", Path(player).parent / "config.json"):
         try:
-            saved = json.loads(file.read_text())["config"]
+            saved = read_json(file)["config"]
             first, *_ = held_out_splits(saved["env"])
             own = {name: saved[name] for name in saved if name in same}
             own["env_args"] = [str(arg) for arg in saved["env_args"]]
@@ -240,7 +261,7 @@ def world_settings(folder: Path | str, env: str, saved: list[str], typed: list[s
     A setting that is a text names a file, a folder with code, a server or a data set on the hub. The folder may be
     somebody else's, so such a setting is never taken from it. Ends the program with a line that says what to type.
     """
-    texts = {name for name, kind in setting_types(env).items() if kind is str}
+    texts = _sources(env)
     before, now = (dict(arg.partition("=")[::2] for arg in args) for args in (saved, typed))
     if sources := [f"{name}={value}" for name, value in before.items() if value and name in texts - now.keys()]:
         flag = f"--env_args {' '.join(map(shlex.quote, sources))}"
@@ -249,11 +270,20 @@ def world_settings(folder: Path | str, env: str, saved: list[str], typed: list[s
     return [f"{name}={value}" for name, value in (before | now).items()]
 
 
+def sources_of(config: TrainConfig) -> dict[str, str]:
+    """A digest of every file or folder that a flag names, by flag: the policy, and sources of the world."""
+    settings = dict(arg.partition("=")[::2] for arg in config.env_args)
+    named = {f"--env_args {name}": (settings[name], "**/*") for name in settings.keys() & _sources(config.env)}
+    if config.policy_kind != "tiny":
+        named["--policy"] = config.policy, "*"  # a run may write to a folder within that of its policy
+    return {flag: content_digest(Path(path), files) for flag, (path, files) in named.items() if path and exists(path)}
+
+
 def verify_checkpoint(folder: Path) -> None:
     """Raises CheckpointError naming the first file that is missing or not what was written."""
     try:
-        expected = json.loads((folder / CHECKSUMS).read_text())
-        actual = _checksums(folder)
+        expected = read_json(folder / CHECKSUMS)
+        actual = checksums(folder)
     except (OSError, ValueError) as error:
         raise CheckpointError(f"{folder} is no complete checkpoint ({error})") from error
     if not isinstance(expected, dict):
@@ -293,13 +323,3 @@ def link_first_policy(link: Path, policy: str) -> None:
 def load_optimizer(folder: Path, optimizer: torch.optim.Optimizer) -> None:
     """Restore the optimizer, in place."""
     optimizer.load_state_dict(torch.load(folder / "optimizer.pt", weights_only=True, map_location="cpu"))
-
-
-def _checksums(folder: Path) -> dict[str, str]:
-    files = sorted(path for path in folder.rglob("*") if path.is_file() and path.name != CHECKSUMS)
-    return {str(path.relative_to(folder)): _digest(path) for path in files}
-
-
-def _digest(path: Path) -> str:
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()

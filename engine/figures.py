@@ -6,13 +6,14 @@
 Lines differ in marker or line style, so that a print in grey can be read, too.
 """
 
-import json
 from argparse import ArgumentParser, RawDescriptionHelpFormatter
 from collections.abc import Sequence
 from pathlib import Path
 
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure  # not pyplot, which would choose a backend for the whole process
+
+from engine.files import read_lines
 
 # The colours of Okabe and Ito, which colour-blind readers can tell apart.
 LOOKS = {"color": ("#0072B2", "#D55E00", "#009E73", "#CC79A7"), "marker": "os^Dv", "linestyle": ("-", "--", "-.")}
@@ -35,23 +36,19 @@ def read_metrics(path: Path) -> list[dict]:
     Any other line must be an object of numbers with an "iteration". Raises ValueError, naming file and line, if one is
     not, and if the file has no line. Raises OSError if there is no such file.
     """
-    *lines, last = path.read_bytes().split(b"\n")
-    rows = []
-    for number, line in enumerate([*lines, last] if last else lines, 1):
-        try:
-            row = json.loads(line)
-        except ValueError as error:
-            if number > len(lines):
-                break
-            raise ValueError(f"{path}, line {number}: not JSON ({error})") from error
-        if not isinstance(row, dict) or "iteration" not in row:
-            raise ValueError(f'{path}, line {number}: not an object with an "iteration"')
-        if words := [key for key, value in row.items() if not isinstance(value, int | float)]:
-            raise ValueError(f"{path}, line {number}: {words[0]!r} is not a number")
-        rows.append(row)
+    rows, faults, _ = read_lines(path, fault_of_metrics)
+    if faults:
+        raise ValueError(faults[0])
     if not rows:
         raise ValueError(f"{path}: no complete line; the run has recorded nothing yet")
     return rows
+
+
+def fault_of_metrics(row) -> str:
+    """What is wrong with a line of a metrics.jsonl or timings.jsonl; "" for nothing."""
+    if not isinstance(row, dict) or "iteration" not in row:
+        return 'not an object with an "iteration"'
+    return next((f"{key!r} is not a number" for key, value in row.items() if not isinstance(value, int | float)), "")
 
 
 def draw_curves(metrics: Path, picture: Path) -> Figure:

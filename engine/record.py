@@ -9,27 +9,21 @@ import os
 import subprocess
 import sys
 import time
-from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import asdict
 from pathlib import Path
 
 import torch
 from accelerate import Accelerator
 from accelerate.utils import gather_object
-from filelock import FileLock, Timeout
+from filelock import Timeout
 from tqdm import tqdm
 
 from config import POLICIES, TrainConfig
 from empg import Modulation
-from engine.figures import draw_curves, read_metrics
+from engine.figures import draw_curves, fault_of_metrics
+from engine.files import RecordError, lock_of, naming_the_file, read_json, read_lines, replace_file, require_writable
 from engine.ranks import COMPUTE
 from episode import Batch, Episode, save_episodes, transcript
-
-
-class RecordError(SystemExit):
-    """A file of the run cannot be written or read. Ends the program with its message, one line, unless it is caught."""
-
 
 # --------------------------------------------------------------------------------------------------------- metrics
 
@@ -120,7 +114,7 @@ class Record:
         if accelerator.is_main_process:
             for folder in (self.out / "transcripts", self.out / "episodes", Path(config.cache)):
                 require_writable(folder)
-            self._lock = FileLock(self.out / ".lock")  # the system takes it back when the process ends, however it ends
+            self._lock = lock_of(self.out)
             try:
                 self._lock.acquire(timeout=0)
             except Timeout:
@@ -152,16 +146,29 @@ class Record:
         if main:
             about = {"argv": sys.argv, "git": revision(), "ranks": self.accelerator.num_processes}
             about |= {"mixed_precision": self.accelerator.mixed_precision}
-            self._replace("config.json", json.dumps(about | {"config": asdict(self.config)}, indent=1))
+            replace_file(self.out / "config.json", json.dumps(about | {"config": asdict(self.config)}, indent=1))
             for name in ("metrics.jsonl", "timings.jsonl"):
-                rows = self._rows(name) if last >= 0 else []
-                self._replace(name, "".join(json.dumps(row) + "\n" for row in rows if row["iteration"] <= last))
+                rows = self._rows_until(last, self.out / name) if last >= 0 else []
+                replace_file(self.out / name, "".join(json.dumps(row) + "\n" for row in rows))
 
-    def _rows(self, name: str) -> list[dict]:
+    def _rows_until(self, last: int, log: Path) -> list[dict]:
+        """The rows of a log, one for each of the iterations 0 to `last`. A damaged log does not stop a run that has a
+        checkpoint. One line says what is lost."""
         try:
-            return read_metrics(self.out / name)
-        except (OSError, ValueError) as error:
-            raise RecordError(f"cannot resume: {error}") from error
+            rows, faults, _ = read_lines(log, fault_of_metrics)
+        except OSError as error:
+            rows, faults = [], [f"{log}: {error.strerror}"]
+        rows = [row for row in rows if row["iteration"] <= last]
+        kept = {row["iteration"]: row for row in rows}
+        if lost := set(range(last + 1)) - kept.keys():
+            faults.append(f"{log}: {len(lost)} of {last + 1} iterations are missing, the first is {min(lost)}")
+        if len(rows) > len(kept):
+            faults.append(f"{log}: an iteration is there twice")
+        if faults:
+            self.say(f"{faults[0]}; resuming without what is lost; {log.name}.damaged is the file as it was")
+            if log.is_file():
+                os.replace(log, log.with_name(f"{log.name}.damaged"))
+        return [kept[iteration] for iteration in sorted(kept)]
 
     def spent_on(self, name: str) -> None:
         """Note that the time since the last call, in seconds, was spent on `name`."""
@@ -179,7 +186,7 @@ class Record:
         self.accelerator.log(metrics, step=iteration)
         if self.accelerator.is_main_process:
             for name, content in (("metrics.jsonl", metrics), ("timings.jsonl", self.seconds)):
-                with naming_the_file(self.out / name), (self.out / name).open("a") as file:
+                with naming_the_file(self.out / name), (self.out / name).open("a", encoding="utf-8") as file:
                     file.write(json.dumps({"iteration": iteration} | content) + "\n")
         names = {"success": "group/success", "held_out": "eval/success", "H": "entropy/mean"}
         self.shown |= {name: f"{metrics[key]:.2f}" for name, key in names.items() if key in metrics}
@@ -200,9 +207,9 @@ class Record:
         chosen = [next((i for i, e in enumerate(episodes) if e.success == wanted), 0) for wanted in (True, False)]
         texts = [transcript(episodes[i], credit.entropy[i].tolist(), credit.advantage[i].tolist()) for i in chosen]
         if self.accelerator.is_main_process:
-            self._replace(f"transcripts/{iteration:06d}.txt", "\n".join(texts))
-            lines = modulated(episodes, credit, tokenizer)
-            self._replace(f"episodes/{iteration:06d}.jsonl", "".join(json.dumps(line) + "\n" for line in lines))
+            replace_file(self.out / "transcripts" / f"{iteration:06d}.txt", "\n".join(texts))
+            lines = "".join(json.dumps(line) + "\n" for line in modulated(episodes, credit, tokenizer))
+            replace_file(self.out / "episodes" / f"{iteration:06d}.jsonl", lines)
 
     def not_finite(self, iteration: int, episodes: list[Episode]) -> str:
         """Keep the episodes whose loss or gradient is not finite; returns the line that the run ends with."""
@@ -213,17 +220,9 @@ class Record:
     def result(self, summaries: dict) -> None:
         """The first and the last evaluation as JSON, and the learning curves."""
         if self.accelerator.is_main_process:
-            self._replace("result.json", json.dumps(summaries, indent=1))
+            replace_file(self.out / "result.json", json.dumps(summaries, indent=1))
             with naming_the_file(self.out / "curves.png"):
                 draw_curves(self.out / "metrics.jsonl", self.out / "curves.png")
-
-    def _replace(self, name: str, text: str) -> None:
-        """Write a file aside and put it in place when it is whole, so that a killed run leaves the old one."""
-        path = self.out / name
-        aside = path.with_name(f".{path.name}.partial")
-        with naming_the_file(path):
-            aside.write_text(text)
-            os.replace(aside, path)
 
 
 def precision_of(players: list[str]) -> str | None:
@@ -236,7 +235,7 @@ def precision_of(players: list[str]) -> str | None:
     for player in players:
         for file in (Path(player) / "state.json", Path(player).parent / "config.json"):
             try:
-                precision = json.loads(file.read_text())["mixed_precision"]
+                precision = read_json(file)["mixed_precision"]
             except (OSError, ValueError, KeyError, TypeError):
                 continue
             if precision in ("no", *COMPUTE):
@@ -252,24 +251,10 @@ def precision_of(players: list[str]) -> str | None:
 
 
 def revision() -> str:
-    """The commit of this code, or "" if it is not in a git repository."""
-    git = ["git", "-C", str(Path(__file__).parents[1]), "rev-parse", "HEAD"]
-    return subprocess.run(git, capture_output=True, text=True, check=False).stdout.strip()
-
-
-@contextmanager
-def naming_the_file(path: Path) -> Iterator[None]:
-    """Turns an OSError, such as a full disk, into a RecordError that names the file."""
+    """The commit of this code; "" without git, and if this folder is not the top of a repository."""
+    repository = Path(__file__).parents[1] / ".git"  # named, or git would look for one in the folders above
+    git = ["git", f"--git-dir={repository}", "rev-parse", "--verify", "HEAD"]
     try:
-        yield
-    except OSError as error:
-        raise RecordError(f"could not write {path}: {error.strerror or error}") from error
-
-
-def require_writable(folder: Path) -> None:
-    """Make the folder. Raises RecordError unless files can be written there."""
-    with naming_the_file(folder):
-        folder.mkdir(parents=True, exist_ok=True)
-        probe = folder / f".probe.{os.getpid()}"
-        probe.touch()
-        probe.unlink()
+        return subprocess.run(git, capture_output=True, text=True, check=False).stdout.strip()
+    except OSError:
+        return ""

@@ -33,13 +33,14 @@ from transformers.hf_argparser import HfArg
 from config import TrainConfig, parse_config
 from empg import Modulation, aggregate, loss_normalizer, step_entropy
 from engine.checkpoint import checkpoint_path, world_settings
+from engine.files import read_json, replace_file, require_writable, require_writable_file
 from engine.record import modulated, revision
 from engine.scorer import make_scorable
 from engine.world_errors import require_none_aborted
 from envs import Env
 from episode import Batch, Episode, Task, collate
 from eval import load_player, open_envs
-from paper.rows import METHODS
+from paper.rows import METHODS, add_row
 from paper.study import ROOT, credit_of, machine, rounded
 from paper.value import play_continuations, values
 from policy import Policy
@@ -315,9 +316,13 @@ def main() -> None:
 def run_credit(credit: CreditConfig) -> None:
     """Measure a checkpoint of a run; append the row, and write the episodes to the folder of the run."""
     run, file = Path(credit.run), Path(credit.results or ROOT / "docs" / "results" / "credit.jsonl")
-    saved = json.loads((run / "config.json").read_text())
-    config = TrainConfig(**saved["config"])
+    try:
+        config = TrainConfig(**read_json(run / "config.json")["config"])
+    except (KeyError, TypeError) as error:
+        raise ValueError(f"{run}: config.json is of another version of this code ({error})") from error
     config = replace(config, env_args=world_settings(run, config.env, config.env_args, credit.env_args))
+    require_writable_file(file)
+    require_writable(run / "credit")
     accelerator = Accelerator(cpu=True)
     torch.set_num_threads(config.threads or torch.get_num_threads())
     folder = checkpoint_path(run, credit.checkpoint) if credit.checkpoint else run / "first_policy"
@@ -327,10 +332,8 @@ def run_credit(credit: CreditConfig) -> None:
     about |= {"algorithm": config.algorithm}
     about |= {"commit": revision(), "machine": machine(), "train": flags_of(config)}
     about["command"] = command_of(credit)
-    (run / "credit").mkdir(exist_ok=True)
-    (run / "credit" / f"{credit.checkpoint:06d}.jsonl").write_text("".join(json.dumps(entry) + "\n" for entry in kept))
-    with file.open("a") as results:
-        results.write(json.dumps(rounded(about | row)) + "\n")
+    replace_file(run / "credit" / f"{credit.checkpoint:06d}.jsonl", "".join(json.dumps(entry) + "\n" for entry in kept))
+    add_row(file, rounded(about | row))
 
 
 if __name__ == "__main__":

@@ -7,7 +7,6 @@ A policy that stayed uncertain loses by sampling. A method that loses by that al
 run goes to docs/results/greedy.jsonl; rows that are there are not made again.
 """
 
-import json
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -18,9 +17,10 @@ from transformers.hf_argparser import HfArg
 
 from config import TrainConfig, parse_config
 from engine.checkpoint import checkpoints
+from engine.files import require_writable_file
 from engine.record import revision
 from eval import evaluate, first_tasks, load_player, open_envs, parse_eval_config, summarize
-from paper.rows import RESULTS, Row, read_file
+from paper.rows import RESULTS, Row, add_row, read_file
 from paper.study import TASKS, WORLDS, machine, rounded
 
 FIRST = "first"  # in the place of a method: the warm start, which all methods of a seed share
@@ -69,13 +69,13 @@ def main() -> None:
     greedy = parse_config(GreedyConfig)
     transformers.utils.logging.disable_progress_bar()
     file = Path(greedy.results)
+    require_writable_file(file)
     there = {(row["world"], row["method"], str(row["seed"]), row["machine"]) for row in read_file(file)}
     for run in map(Path, greedy.runs):
         world, method, seed = run.parts[-3:]
         if (world, FIRST if greedy.first else method, seed, machine()) not in there:
             row = greedy_row(run, greedy.first)
-            with file.open("a") as rows:
-                rows.write(json.dumps(row) + "\n")
+            add_row(file, row)
 
 
 if __name__ == "__main__":

@@ -104,7 +104,7 @@ def norm_entropy_histogram(run: Path) -> list[int]:
     values = [
         value
         for path in sorted((run / "episodes").glob("*.jsonl"))
-        for line in path.open()
+        for line in path.read_bytes().splitlines()
         if "error" not in (record := json.loads(line))["info"]  # aborted episodes train nothing
         for value in record["modulation"]["norm_entropy"]
     ]

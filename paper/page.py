@@ -10,7 +10,6 @@ The texts come from worlds and models, so they may be hostile. The page holds th
 escapes, and its script shows them as text only. The Content-Security-Policy allows this one script, by its hash.
 """
 
-import json
 import math
 import re
 from argparse import ArgumentParser, RawDescriptionHelpFormatter
@@ -23,6 +22,8 @@ from pathlib import Path
 
 import numpy as np
 from jinja2 import Environment, StrictUndefined
+
+from engine.files import parse_json, read_json
 
 TEMPLATE = Path(__file__).with_name("page.html")
 FOLDERS = {"credit": "true credit measured", "episodes": "training batch"}  # of a run -> label on the page
@@ -66,7 +67,7 @@ def read_run(run: Path, iterations: Sequence[int] = (), max_groups: int = 8) -> 
 def read_config(path: Path) -> dict:
     """The SETTINGS of a run. Raises OSError or ValueError if they cannot be read."""
     try:
-        config = json.loads(path.read_bytes())["config"]
+        config = read_json(path)["config"]
         if config["group_size"] < 1:
             raise ValueError("group_size is below 1")
         return {name: config[name] for name in SETTINGS}
@@ -82,7 +83,7 @@ def read_batch(path: Path, group_size: int, max_groups: int, texts: Texts) -> di
     records, norm_entropy = [], []
     for number, line in enumerate(path.read_bytes().splitlines(), 1):
         with naming_the_line(path, number):
-            records.append(json.loads(line))
+            records.append(parse_json(line, path))
             of_steps = [finite(value) for value in records[-1]["modulation"]["norm_entropy"]]
             norm_entropy += [] if "error" in records[-1]["info"] else of_steps  # aborted episodes train nothing
     if not records or len(records) % group_size:

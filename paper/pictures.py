@@ -303,7 +303,7 @@ def draw_all() -> list[Path]:
 
 def episode_bars(group: int = 2, number: int = 2) -> Figure:
     """One kept episode of the lab's run: H, g, f and the advantage of each step as bars. README shows it."""
-    lines = (RESULTS.parent / "lab" / "house" / "episodes" / "000007.jsonl").read_text().splitlines()
+    lines = (RESULTS.parent / "lab" / "house" / "episodes" / "000007.jsonl").read_bytes().splitlines()
     episode = json.loads(lines[8 * group + number])  # groups of 8
     credit = episode["modulation"]
     labels = {"entropy": "H, nats", "g": "g(H), mean 1", "f": "f(H of next step)", "advantage": "final advantage"}

@@ -239,11 +239,12 @@ def main() -> None:
     check, stale = parser.parse_args().check, []
     for name in DOCUMENTS:
         path = ROOT / name
-        old, new = path.read_text(), filled(path.read_text())
+        old = path.read_text(encoding="utf-8")
+        new = filled(old)
         if check and old != new:
             stale.append(name)
         if not check:
-            path.write_text(new)
+            path.write_text(new, encoding="utf-8")
     if stale:
         raise SystemExit(f"not what the rows give: {', '.join(stale)}; run python -m paper.report")
     if not check:

@@ -6,6 +6,7 @@ seeds' differences.
 
 import json
 import re
+import sys
 from collections.abc import Callable
 from dataclasses import dataclass
 from itertools import product
@@ -13,7 +14,10 @@ from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
+from filelock import FileLock
 from scipy import stats
+
+from engine.files import RecordError, read_lines, replace_file
 
 RESULTS = Path(__file__).parents[1] / "docs" / "results"
 STUDY_GAMES = "out/study_games"  # ALFWorld games in small rooms; the study writes them
@@ -165,8 +169,31 @@ class Study:
 
 
 def read_file(file: Path) -> list[Row]:
-    """The rows of a file of results; none if there is no such file."""
-    return [json.loads(line) for line in file.read_text().splitlines()] if file.exists() else []
+    """The rows of a file of results; none if there is no such file. Says if the last one is cut off, which is left out.
+
+    Raises RecordError if another line is not a row.
+    """
+    rows, faults, cut = read_lines(file, fault_of_row) if file.exists() else ([], [], "")
+    if faults:
+        raise RecordError(f"{faults[0]}; repair or delete the line")
+    if cut:
+        print(f"{cut}, so this row is left out", file=sys.stderr)
+    return rows
+
+
+def fault_of_row(row) -> str:
+    return "" if isinstance(row, dict) and row.keys() >= {"seed", "machine"} else "not a row of results"
+
+
+def add_row(file: Path, row: Row, key: Callable[[Row], tuple] | None = None) -> None:
+    """Append a row, unless one with the same key is there. A last row that is cut off is removed."""
+    with FileLock(file.with_name(f".{file.name}.lock")):  # another study may write to the same file
+        there, _, cut = read_lines(file, fault_of_row) if file.exists() else ([], [], "")
+        if key and key(row) in map(key, there):
+            return
+        text = file.read_text(encoding="utf-8") if file.exists() else ""
+        text = text.rpartition("\n")[0] if cut else text.removesuffix("\n")
+        replace_file(file, f"{text}\n{json.dumps(row)}\n".lstrip())
 
 
 def read_rows(name: str) -> list[Row]:

@@ -8,6 +8,9 @@ A row is one training run and what was measured of it, a line in docs/results/WO
 run again, so a study that was stopped is resumed by the same command. As many runs are made at once as there are cores,
 each with one thread. Rows repeat exactly on one CPU type. A seed half done on another type is run again here, all
 methods. docs/protocol.md says what was fixed before the first row.
+
+A run's process writes its own row, even if the study that started it was killed. Of several studies at once one makes
+a row, and the others wait for it. Ctrl-C ends the runs that are not finished.
 """
 
 import json
@@ -16,24 +19,29 @@ import os
 import platform
 import shlex
 import shutil
+import signal
 import sys
 import time
+import traceback
 from collections.abc import Callable
-from concurrent.futures import ProcessPoolExecutor, as_completed
 from contextlib import redirect_stderr, redirect_stdout
 from dataclasses import dataclass
+from multiprocessing.connection import wait
 from pathlib import Path
 
 import torch
 import transformers
+from filelock import FileLock, Timeout
 from tqdm import tqdm
 from transformers.hf_argparser import HfArg
 
 from config import TrainConfig, parse_config
 from empg import Modulation
+from engine.figures import read_metrics
+from engine.files import lock_of, read_json, require_writable_file
 from paper.beyond import CREDIT
 from paper.measure import measure
-from paper.rows import MAIN, METHODS, STUDY_GAMES, WORLDS, Row, read_file
+from paper.rows import MAIN, METHODS, STUDY_GAMES, WORLDS, Row, add_row, read_file
 from paper.value import TrueCredit
 from train import assign_credit, train
 
@@ -53,7 +61,7 @@ class StudyConfig:
     methods: list[str] = HfArg(default_factory=lambda: list(MAIN), help=f"methods: {', '.join(METHODS)}")
     seeds: list[int] = HfArg(default_factory=lambda: list(range(20)), help="seeds of weights, tasks and sampling")
     results: str = HfArg(default="", help="file of the rows; default: docs/results/WORLD.jsonl")
-    out: str = HfArg(default="out/study", help="folder of the runs")
+    out: str = HfArg(default="", help="folder of the runs; default: out/study, or RESULTS.runs if --results is given")
     jobs: int = HfArg(default=0, help="runs in parallel; 0: one for each core")
 
     def __post_init__(self):
@@ -68,14 +76,20 @@ class StudyConfig:
     def file(self) -> Path:
         return Path(self.results or ROOT / "docs" / "results" / f"{self.world}.jsonl")
 
+    @property
+    def folder(self) -> str:
+        """A row that is made again must not replace the run of the first."""
+        return self.out or (f"{self.results}.runs" if self.results else "out/study")
+
 
 def write_games(folder: Path) -> None:
     """The games of the study's ALFWorld, unless they are there."""
     from worlds import alfworld_games as writer  # the engine is an extra package
 
-    for split, games in GAMES.items():
-        if not (folder / writer.LAYOUT / split).exists():
-            writer.write_games(writer.GamesConfig(str(folder), split, games, receptacles=5, objects=5))
+    with lock_of(folder):
+        for split, games in GAMES.items():
+            if not (folder / writer.LAYOUT / split).exists():
+                writer.write_games(writer.GamesConfig(str(folder), split, games, receptacles=5, objects=5))
 
 
 def train_flags(world: str, method: str, seed: int) -> list[str]:
@@ -88,25 +102,53 @@ def credit_of(method: str) -> Callable[..., Modulation]:
     return TrueCredit(CONTINUATIONS) if method == "grpo_true" else CREDIT.get(method, assign_credit)
 
 
+def make_row(study: StudyConfig, method: str, seed: int) -> None:
+    """Make and record a row, in a process of its own. An error is one line here, and all of it is in the run's log."""
+    os.setpgrp()  # Ctrl-C in a terminal is for `main`, which ends this process
+    run = Path(study.folder) / study.world / method / str(seed)
+    try:
+        with taken(run):
+            if (method, seed, machine()) not in {key(row) for row in read_file(study.file)}:
+                add_row(study.file, run_row(study.world, method, seed, study.folder), key)
+    except (Exception, SystemExit) as error:
+        with (run / "log.txt").open("a", encoding="utf-8") as log:
+            traceback.print_exc(file=log)
+        raise SystemExit(f"{study.world} {method} {seed} failed: {error}; see {run / 'log.txt'}") from None
+
+
+def taken(run: Path) -> FileLock:
+    """The lock of a run's folder, acquired. Waits for another process that is using the folder."""
+    lock = lock_of(run)
+    try:
+        lock.acquire(timeout=0)
+    except Timeout:
+        print(f"waiting for another process, which uses {run}", file=sys.stderr)
+        lock.acquire()
+    return lock
+
+
 def run_row(world: str, method: str, seed: int, out: str) -> dict:
-    """Train and measure, in a process of its own whose output goes to a file."""
+    """Train and measure. The output goes to a file. Raises ValueError if the metrics are not of this run alone."""
     run = Path(out) / world / method / str(seed)
-    shutil.rmtree(run, ignore_errors=True)  # what is left of a run that was stopped
-    run.mkdir(parents=True)
+    lock = taken(run)
+    for path in set(run.iterdir()) - {run / ".lock"}:  # what is left of a run that was stopped
+        shutil.rmtree(path) if path.is_dir() and not path.is_symlink() else path.unlink()
     transformers.utils.logging.disable_progress_bar()
     flags = [*train_flags(world, method, seed), "--eval_tasks", "8", "--checkpoint_every", "1000", "--out", str(run)]
     started = time.perf_counter()
-    with (run / "log.txt").open("w") as log, redirect_stdout(log), redirect_stderr(log):
+    with (run / "log.txt").open("w", encoding="utf-8") as log, redirect_stdout(log), redirect_stderr(log):
         config = parse_config(TrainConfig, flags)
         train(config, credit_of(method))
         trained = time.perf_counter()
         measured = measure(config, TASKS[world])
-    metrics = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+    metrics = read_metrics(run / "metrics.jsonl")
+    if [row["iteration"] for row in metrics] != list(range(config.iterations + 1)):
+        raise ValueError(f"{run / 'metrics.jsonl'} has not the iterations 0 to {config.iterations}, each once")
     row = {
         "world": world,
         "method": method,
         "seed": seed,
-        "commit": json.loads((run / "config.json").read_text())["git"],
+        "commit": read_json(run / "config.json")["git"],
         "command": f"python -m paper.study --world {world} --methods {method} --seeds {seed}",
         "train": shlex.join(["train.py", *flags[:-2]]),
         "machine": machine(),
@@ -120,6 +162,7 @@ def run_row(world: str, method: str, seed: int, out: str) -> dict:
         "zero_std": [round(row["group/zero_std_frac"], 4) for row in metrics if "group/zero_std_frac" in row],
         "episodes": sum(row.get("group/tasks_used", 0) * config.group_size for row in metrics),
     } | measured
+    lock.release()
     return rounded(row)
 
 
@@ -130,18 +173,22 @@ def rounded(row: dict) -> dict:
 
 def missing(rows: list[Row], methods: list[str], seeds: list[int], here: str) -> list[tuple[str, int]]:
     """The methods and seeds to run on a machine of the kind `here`, so that one kind has every method of each seed."""
-    there: dict[tuple[int, str], set[str]] = {}
-    for row in rows:
-        there.setdefault((row["seed"], row["machine"]), set()).add(row["method"])
-    finished = {seed for (seed, _), done in there.items() if done.issuperset(methods)}
-    open_seeds = [seed for seed in seeds if seed not in finished]
-    return [(method, seed) for seed in open_seeds for method in methods if method not in there.get((seed, here), ())]
+    there = {key(row) for row in rows}
+    kinds = {row["machine"] for row in rows}
+    finished = {seed for seed in seeds for kind in kinds if {(method, seed, kind) for method in methods} <= there}
+    wanted = dict.fromkeys((method, seed) for seed in seeds for method in methods if seed not in finished)
+    return [(method, seed) for method, seed in wanted if (method, seed, here) not in there]
+
+
+def key(row: Row) -> tuple[str, int, str]:
+    """What a row is of, within its world."""
+    return row.get("method", ""), row["seed"], row["machine"]
 
 
 def machine() -> str:
     """The kind of machine: rows are the same on machines of one kind."""
     info = Path("/proc/cpuinfo")  # on Linux
-    cpu = info.read_text().splitlines() if info.exists() else []
+    cpu = info.read_text(encoding="utf-8").splitlines() if info.exists() else []
     names = [line.split(":")[1].strip() for line in cpu if "model name" in line]
     versions = f"torch {torch.__version__}, transformers {transformers.__version__}"
     return f"{platform.machine()}, {names[0] if names else platform.processor()}, {versions}, 1 thread"
@@ -149,28 +196,44 @@ def machine() -> str:
 
 def main() -> None:
     study = parse_config(StudyConfig)
-    study.file.parent.mkdir(parents=True, exist_ok=True)
+    require_writable_file(study.file)
     wanted = missing(read_file(study.file), study.methods, study.seeds, machine())
     if study.world == "alfworld" and wanted:
         write_games(Path(STUDY_GAMES))
-    failed = []
     os.environ["TQDM_DISABLE"] = "1"  # in the processes below; this one has read it already
-    # A process for each run, so that nothing of one run is left for the next.
-    pool = ProcessPoolExecutor(
-        study.jobs or os.cpu_count(), multiprocessing.get_context("spawn"), max_tasks_per_child=1
-    )
-    with pool, tqdm(total=len(wanted), desc=study.world, unit="run") as progress:
-        rows = {pool.submit(run_row, study.world, method, seed, study.out): (method, seed) for method, seed in wanted}
-        for future in as_completed(rows):
-            progress.update()
-            if error := future.exception():
-                failed.append(rows[future])
-                tqdm.write(f"{rows[future]} failed: {error}; see {study.out}", file=sys.stderr)
-                continue
-            with study.file.open("a") as file:
-                file.write(json.dumps(future.result()) + "\n")
+    signal.signal(signal.SIGTERM, signal.default_int_handler)  # as Ctrl-C
+    with tqdm(total=len(wanted), desc=study.world, unit="run") as progress:
+        failed = make_rows(study, wanted, progress)
     if failed:
-        raise SystemExit(f"{len(failed)} of {len(wanted)} runs failed; the same command tries them again")
+        raise SystemExit(f"{failed} of {len(wanted)} runs failed; the same command tries them again")
+
+
+def make_rows(study: StudyConfig, wanted: list[tuple[str, int]], progress: tqdm) -> int:
+    """Make the rows, as many at once as there are jobs. Returns how many failed."""
+    # A process for each run, so that nothing of one run is left for the next.
+    context, waiting, running, failed = multiprocessing.get_context("spawn"), list(wanted), {}, 0
+    try:
+        while waiting or running:
+            while waiting and len(running) < (study.jobs or os.cpu_count()):
+                process = context.Process(target=make_row, args=(study, *waiting.pop(0)))
+                # The process inherits that Ctrl-C is ignored. It would else end in a traceback while it imports.
+                before = signal.signal(signal.SIGINT, signal.SIG_IGN)
+                process.start()
+                signal.signal(signal.SIGINT, before)
+                running[process.sentinel] = process
+            for sentinel in wait(running):
+                process = running.pop(sentinel)
+                process.join()
+                failed += process.exitcode != 0
+                progress.update()
+    except KeyboardInterrupt:
+        left = len(waiting) + len(running) + failed
+        raise SystemExit(f"stopped; {left} of {len(wanted)} rows are missing, the same command makes them") from None
+    finally:
+        for process in running.values():
+            process.kill()
+            process.join()
+    return failed
 
 
 if __name__ == "__main__":

@@ -224,6 +224,13 @@ def test_the_oracle_by_the_command_line(tmp_path):
     assert summarize(episodes) == result["oracle"]
 
 
+@pytest.mark.parametrize("flag", ["--json", "--episodes"])
+def test_a_result_that_cannot_be_written_ends_the_command_before_it_plays(main, flag, tmp_path, monkeypatch):
+    monkeypatch.setattr("eval.evaluate", None)  # whoever plays would call it
+    with pytest.raises(SystemExit, match=f"could not write {tmp_path}: Is a directory"):
+        main("--policy", "oracle", flag, str(tmp_path))
+
+
 def test_two_players_by_the_command_line(main):
     lines = main("--compare", "oracle", "random", "--tasks", "20").rstrip("\n").split("\n")
     result = json.loads(lines[-1])

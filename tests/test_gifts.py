@@ -136,7 +136,7 @@ def test_resume_takes_no_source_that_is_not_typed(name, value, begun):
     file = begun / "checkpoint-000002" / "state.json"
     state = json.loads(file.read_text())
     file.write_text(json.dumps(state | {"config": state["config"] | {name: value}}))
-    sums = checkpoint._checksums(file.parent)
+    sums = checkpoint.checksums(file.parent)
     (file.parent / checkpoint.CHECKSUMS).write_text(json.dumps(sums))
     config = TrainConfig(**state["config"] | {"resume": True, "iterations": 3, "out": str(begun)})
     typed = " ".join(value) if isinstance(value, list) else value

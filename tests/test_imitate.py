@@ -14,6 +14,7 @@ from torch.nn import functional as F
 
 import imitate as module
 from config import TrainConfig
+from engine.checkpoint import CheckpointError
 from eval import open_envs
 from imitate import Imitation, imitate, warm_start
 from policy import Dialogue, Policy, PolicyError, load_policy
@@ -146,6 +147,37 @@ def test_a_killed_build_leaves_nothing_that_is_taken_for_whole(build, monkeypatc
         with pytest.raises(KeyboardInterrupt):
             build()
     assert load_policy(str(build())).encode(["once"])
+
+
+def test_a_damaged_warm_start_is_made_anew(build, capsys):
+    """With half of the weights zeroed the run went from 0 to 0 %, and its status was 0."""
+    folder = build()
+    before = (folder / "model.safetensors").read_bytes()
+    (folder / "model.safetensors").write_bytes(before[: len(before) // 2] + bytes(len(before) - len(before) // 2))
+    assert build() == folder
+    assert (folder / "model.safetensors").read_bytes() == before
+    assert f"{folder} is damaged; making this warm start anew" in capsys.readouterr().out
+    (folder / "tokenizer.json").unlink()
+    assert load_policy(str(build())).encode(["once"])
+    assert list(folder.parent.iterdir()) == [folder]
+
+
+def test_a_resumed_run_finds_the_policy_that_it_began_with_or_ends(definition, build, monkeypatch, tmp_path):
+    """The reference of the KL term was read from the damaged folder."""
+    link = tmp_path / "first_policy"
+    link.symlink_to(build())
+    config = TrainConfig(env="coin", demonstrations=8, kl_coef=0.1)
+    (env,), accelerator = open_envs(config, 1, ["train"]), Accelerator(cpu=True)
+    assert module.first_policy(config, accelerator, env, link) == str(link)
+    monkeypatch.setattr(module, "cold_start", lambda *arguments: build())
+    (link / "model.safetensors").write_bytes(b"damaged")
+    assert module.first_policy(config, accelerator, env, link) == str(build())
+    (link / "model.safetensors").write_bytes(b"damaged")
+    monkeypatch.setattr(module, "cold_start", lambda *arguments: build("house"))
+    with pytest.raises(CheckpointError, match="would imitate another one"):
+        module.first_policy(config, accelerator, env, link)
+    (link / "sha256.json").unlink()  # as older runs have it
+    assert module.first_policy(config, accelerator, env, link) == str(link)
 
 
 def test_two_runs_that_build_the_same_warm_start_both_succeed(build, tmp_path, monkeypatch):

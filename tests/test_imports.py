@@ -59,6 +59,25 @@ def test_the_top_level_is_what_a_student_reads():
     assert [name for name in lines if lines[name] > 350] == []
 
 
+def test_text_files_have_an_encoding():
+    """The default is the machine's. A page written in UTF-8 could not be read in another locale."""
+
+    def is_text(call: ast.Call) -> bool:
+        name, opened = ast.unparse(call.func), ast.unparse(call)
+        if name.endswith((".read_text", ".write_text")):
+            return True
+        return name.endswith("open") and name != "record.open" and "b'" not in opened
+
+    files = [*TREES.items(), *((path.name, ast.parse(path.read_text())) for path in ROOT.glob("docs/lab/*.py"))]
+    calls = [(name, node) for name, tree in files for node in ast.walk(tree) if isinstance(node, ast.Call)]
+    missing = [
+        (name, ast.unparse(call))
+        for name, call in calls
+        if is_text(call) and "encoding" not in {keyword.arg for keyword in call.keywords}
+    ]
+    assert missing == []
+
+
 def test_the_formulas_need_torch_alone_and_the_small_worlds_nothing():
     assert {room(module) for module in imports(TREES["empg"])} - sys.stdlib_module_names == {"torch"}
     for world in ("house", "coin"):

@@ -62,7 +62,7 @@ def base(tmp_path_factory, cache):
 # ------------------------------------------------------------------------------------------------ invariants of a run
 
 
-def test_four_iterations_are_two_and_resume_and_two(run):
+def test_four_iterations_are_two_and_resume_and_two(run, capsys):
     """Resuming replayed or skipped a batch, and lost the random state (trl#3247, nano-aha-moment).
 
     A run that was killed between two checkpoints repeats iterations; the record must not hold them twice.
@@ -76,8 +76,9 @@ def test_four_iterations_are_two_and_resume_and_two(run):
     assert (whole / "metrics.jsonl").read_bytes() == (parts / "metrics.jsonl").read_bytes()
     assert same_weights(whole, parts)
     (parts / "metrics.jsonl").write_text("?\n" + (parts / "metrics.jsonl").read_text())
-    with pytest.raises(RecordError, match=r"cannot resume: .*metrics.jsonl, line 1: not JSON"):
-        run("parts", iterations=5, resume=True, **flags)
+    run("parts", iterations=5, resume=True, **flags)  # a damaged line of a log stops no run that has a checkpoint
+    assert rows(parts)[:5] == rows(whole)
+    assert "metrics.jsonl, line 1: not JSON" in capsys.readouterr().out
 
 
 def test_the_command_of_the_readme_runs_on_the_house(tmp_path):
@@ -570,7 +571,7 @@ def test_a_loss_that_is_not_finite_stops_the_run_and_saves_the_episode(run, begu
 
 
 def write_checksums(folder: Path) -> None:
-    (folder / checkpoint.CHECKSUMS).write_text(json.dumps(checkpoint._checksums(folder)))
+    (folder / checkpoint.CHECKSUMS).write_text(json.dumps(checkpoint.checksums(folder)))
 
 
 def test_a_folder_belongs_to_one_run_at_a_time(run, begun):

@@ -29,6 +29,7 @@ from accelerate import Accelerator
 from transformers import PrinterCallback, ProgressCallback, TrainerCallback
 
 from config import TrainConfig, parse_config
+from engine.files import replace_file, require_writable_file
 from engine.ranks import start_ranks
 from engine.scorer import ScoringHead
 from envs import ENVIRONMENTS, Env, make_envs
@@ -285,11 +286,12 @@ def measure_training(bench: BenchConfig) -> Iterator[dict[str, float]]:
 
 def main() -> None:
     bench, result = parse_config(BenchConfig), {}
+    require_writable_file(Path(bench.out))
     for figures in measure(bench):
         for name, value in figures.items():
             print(f"{name:75} {value:12.4g}", flush=True)
         result |= figures
-        Path(bench.out).write_text(json.dumps(result, indent=1) + "\n")
+        replace_file(Path(bench.out), json.dumps(result, indent=1) + "\n")
 
 
 if __name__ == "__main__":

@@ -26,6 +26,7 @@ from scipy.optimize import least_squares
 from transformers import Qwen2Config
 
 from config import TrainConfig, parse_config
+from engine.files import require_writable_file
 from engine.ranks import start_ranks
 from engine.record import revision
 from envs import make_envs
@@ -259,18 +260,19 @@ def main() -> None:
     if scale.gpus:
         return print(gpu_table())
     if not scale.table:
+        require_writable_file(file)
         accelerator = start_ranks(threads=1)
         for name in MODELS:
             learner = random_learner(accelerator, name)
             for episodes, turns in product(EPISODES, TURNS):
                 point = measure(accelerator, learner, name, episodes, turns, scale.repeats)
                 if accelerator.is_main_process:
-                    with file.open("a") as lines:
+                    with file.open("a", encoding="utf-8") as lines:
                         lines.write(json.dumps(point) + "\n")
         accelerator.end_training()
         if not accelerator.is_main_process:
             return
-    print(table([json.loads(line) for line in file.read_text().splitlines()]))
+    print(table([json.loads(line) for line in file.read_bytes().splitlines()]))
 
 
 if __name__ == "__main__":

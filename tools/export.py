@@ -8,6 +8,7 @@ Nothing is uploaded. `hf upload OWNER/NAME out/house/export` does that, or `HfAp
 
 import argparse
 import json
+import os
 import shlex
 import shutil
 from pathlib import Path
@@ -16,10 +17,11 @@ from huggingface_hub import EvalResult, ModelCard, ModelCardData
 from huggingface_hub.utils import HFValidationError, validate_repo_id
 
 from config import TrainConfig
-from engine.checkpoint import CHECKSUMS, CheckpointError, checkpoint_path, verify_checkpoint
+from engine.checkpoint import SHARDS, CheckpointError, checkpoint_path, verify_checkpoint
+from engine.files import CHECKSUMS, own_and_foreign, read_json, write_checksums
 from eval import table
 
-OF_TRAINING = {"optimizer.pt", "state.json", CHECKSUMS}  # files of a checkpoint that only training needs
+OF_TRAINING = {"optimizer.pt", "state.json", SHARDS, CHECKSUMS}  # what only training needs of a checkpoint
 
 TEXT = """
 # {title}
@@ -64,21 +66,33 @@ CHOSEN = "It was chosen by this evaluation among the policies of the run, so its
 
 
 def export(run: Path, best: bool = False, licence: str = "") -> Path:
-    """Write RUN/export and return it. Raises CheckpointError if the run is unfinished or the policy damaged."""
+    """Write RUN/export and return it. Raises CheckpointError if the run is unfinished or the policy damaged.
+
+    Only files that an earlier export wrote, and nobody has changed since, are replaced. The card is written beside
+    another README.md. Raises CheckpointError if there is another file in the place of one of the policy.
+    """
     try:
-        about, result = (json.loads((run / name).read_text()) for name in ("config.json", "result.json"))
-    except (OSError, ValueError) as error:
+        about, result = (read_json(run / name) for name in ("config.json", "result.json"))
+        card = model_card(about, result, best, licence)
+        source = run / "best" if best else checkpoint_path(run, about["config"]["iterations"])
+    except (KeyError, OSError, TypeError, ValueError) as error:
         raise CheckpointError(f"{run} holds no finished run ({error}); finish it with train.py --resume") from error
-    config = about["config"]
-    source = run / "best" if best else checkpoint_path(run, config["iterations"])
     verify_checkpoint(source)
-    folder = run / "export"
-    shutil.rmtree(folder, ignore_errors=True)
-    folder.mkdir()
-    for path in source.iterdir():
-        if path.is_file() and path.name not in OF_TRAINING:
-            shutil.copy(path, folder)
-    model_card(about, result, best, licence).save(folder / "README.md")
+    folder, aside = run / "export", run / ".export.partial"
+    own, foreign = own_and_foreign(folder)
+    if clash := foreign & {path.name for path in source.iterdir()} - OF_TRAINING:
+        raise CheckpointError(f"{folder / min(clash)} was not written by an export; move it, and run this again")
+    shutil.rmtree(aside, ignore_errors=True)
+    shutil.copytree(source, aside, ignore=lambda _, names: OF_TRAINING & {*names})
+    card.save(aside / ("README.new.md" if "README.md" in foreign else "README.md"))
+    write_checksums(aside)
+    new = {path.name for path in aside.iterdir()}
+    folder.mkdir(exist_ok=True)
+    for name in new:
+        os.replace(aside / name, folder / name)
+    for name in own - new:  # files of an earlier policy
+        (folder / name).unlink()
+    aside.rmdir()
     return folder
 
 

@@ -138,8 +138,8 @@ def _json(path: Path, **keys: type) -> dict:
     keys: the type of each value that must be there.
     """
     try:
-        data = json.loads(path.read_text())
-    except (OSError, ValueError) as error:
+        data = json.loads(path.read_bytes())
+    except (OSError, ValueError, RecursionError) as error:
         raise ValueError(f"{path} is broken: {error}") from error
     data = data if isinstance(data, dict) else {}
     if missing := [key for key, kind in keys.items() if not isinstance(data.get(key), kind)]:

@@ -113,7 +113,7 @@ def make_room(floor: int, receptacles: int) -> Room:
     """
     rng = random.Random(floor)
     scene = next(scene for scene, floors in constants.SCENE_TYPE.items() if floor in floors)
-    layout = json.loads((PLANS / f"FloorPlan{floor}-openable.json").read_text())
+    layout = json.loads((PLANS / f"FloorPlan{floor}-openable.json").read_bytes())
     poses = {name: pose for name, pose in layout.items() if kind_of(name) in FIXED}
     present = {kind_of(name) for name in poses}
     for kind in EXTRA[scene]:
@@ -126,7 +126,7 @@ def make_room(floor: int, receptacles: int) -> Room:
     for name in sorted(names[:receptacles]):
         x, z, turn, tilt = poses[name]  # metres, degrees; the published games use quarter metres and quarter turns
         location[name] = f"loc|{round(4 * x)}|{round(4 * z)}|{round(turn) // 90}|{round(tilt)}"
-    kinds = json.loads((PLANS / f"FloorPlan{floor}-objects.json").read_text())
+    kinds = json.loads((PLANS / f"FloorPlan{floor}-objects.json").read_bytes())
     return Room(floor, scene, location, tuple(sorted((set(kinds) & constants.OBJECTS_SET) - FIXED)))
 
 
@@ -255,8 +255,9 @@ def make_game(engine: Engine, config: GamesConfig, number: int, taken: set[int])
         template = rng.choice(goal_library.gdict[task_type]["templates"])
         task = template.format(obj=game.kind, recep=game.home, toggle=game.lamp).lower()
         pddl = problem(game, trial)
-        grammar = Path(ALFRED_TWL2_PATH).read_text().replace("UNKNOWN GOAL", task)
-        played = {"pddl_domain": Path(ALFRED_PDDL_PATH).read_text(), "grammar": grammar, "pddl_problem": pddl}
+        grammar, domain = (Path(path).read_text(encoding="utf-8") for path in (ALFRED_TWL2_PATH, ALFRED_PDDL_PATH))
+        grammar = grammar.replace("UNKNOWN GOAL", task)
+        played = {"pddl_domain": domain, "grammar": grammar, "pddl_problem": pddl}
         if walkthrough := solve(engine, played):
             taken.add(game.digest())
             folder = f"{task_type}-{game.kind}-None-{game.home or game.lamp}-{game.room.floor}/{trial}"
@@ -294,7 +295,7 @@ def write_games(config: GamesConfig) -> Path:
     games = [make_game(engine, config, number, taken) for number in numbers]
     for name, text in [file for game in games for file in game.items()]:
         (aside / name).parent.mkdir(parents=True, exist_ok=True)
-        (aside / name).write_text(text)
+        (aside / name).write_text(text, encoding="utf-8")
     os.replace(aside, folder)
     return folder
 

@@ -95,7 +95,7 @@ def load_files(folder: str, *, limit: int = 0, human_goals: bool = True, seed: i
 def _read_json(path: Path):
     try:
         return json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, RecursionError) as error:
         raise ValueError(f"cannot read {path}: {error}") from error
 
 

@@ -24,7 +24,7 @@ def report(config: TrainConfig) -> dict:
     kept = sorted(Path(config.out).glob("episodes/[0-9]*.jsonl"))
     if not kept:
         raise FileNotFoundError(f"{config.out} has no kept episodes; a run writes them to its folder episodes/")
-    records = [json.loads(line) for line in kept[-1].read_text().splitlines()]
+    records = [json.loads(line) for line in kept[-1].read_bytes().splitlines()]
     batch = collate(load_episodes(kept[-1]))
     entropy, valid = step_entropy(batch.token_entropy, batch.step_ids)  # (B, S)
     now = assign_credit(config, batch, score(config, batch), entropy, valid)

@@ -172,7 +172,7 @@ def test_a_full_disk_leaves_the_earlier_checkpoint(run, begun, monkeypatch):
 
 
 def write_checksums(folder: Path) -> None:
-    (folder / checkpoint.CHECKSUMS).write_text(json.dumps(checkpoint._checksums(folder)))
+    (folder / checkpoint.CHECKSUMS).write_text(json.dumps(checkpoint.checksums(folder)))
 
 
 @pytest.fixture
@@ -275,6 +275,33 @@ def test_the_export_opens_and_its_card_has_the_numbers_of_the_run(whole, tmp_pat
     (out / "result.json").unlink()
     with pytest.raises(CheckpointError, match="holds no finished run"):
         export(out)
+
+
+def test_an_export_replaces_what_an_export_wrote_and_nothing_else(begun, monkeypatch):
+    """It removed the folder, with a card that somebody had written and a repository, before the new card was made."""
+    folder = export(begun)
+    kept = {"README.md": "by hand", ".git/HEAD": "ref: refs/heads/main"}
+    card = (folder / "README.md").read_text()
+    (folder / ".git").mkdir()
+    for name, text in kept.items():
+        (folder / name).write_text(text)
+    before = {path: path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+    with monkeypatch.context() as patch:
+        patch.setattr("tools.export.model_card", lambda *arguments: {}["a fault"])
+        with pytest.raises(CheckpointError):
+            export(begun)
+    assert {path: path.read_bytes() for path in folder.rglob("*") if path.is_file()} == before
+    assert export(begun, best=True) == folder
+    assert {name: (folder / name).read_text() for name in kept} == kept
+    assert "number is too high" in (folder / "README.new.md").read_text()
+    (folder / "README.md").unlink()
+    assert (export(begun) / "README.md").read_text() == card
+    assert not (folder / "README.new.md").exists()
+    (folder / "model.safetensors").write_text("mine")
+    with pytest.raises(CheckpointError, match=r"model\.safetensors was not written by an export; move it"):
+        export(begun, best=True)
+    assert (folder / "model.safetensors").read_text() == "mine"
+    assert (folder / "README.md").read_text() == card
 
 
 def same_policy(a: Path, b: Path) -> bool:

@@ -1,23 +1,33 @@
 """The study: methods differ in nothing but the method, rows repeat, statistics match scipy, tables match the rows."""
 
 import json
+import multiprocessing
+import os
 import re
+import signal
+import subprocess
+import sys
+import time
 from dataclasses import asdict
+from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 from scipy import stats
+from tqdm import tqdm
 
 from config import TrainConfig, parse_config
 from empg import kl_k3
 from engine.checkpoint import checkpoints
+from engine.files import RecordError
 from envs import make_envs
 from episode import Task
 from paper import greedy, measure, pictures, report, study
 from paper.rows import (
     Entry,
     Study,
+    add_row,
     area,
     collapsed,
     estimate,
@@ -89,6 +99,104 @@ def test_rows_that_are_there_are_not_run_again(monkeypatch, tmp_path):
     monkeypatch.setattr(study, "run_row", None)  # whoever runs it would call it
     study.main()
     assert len(file.read_text().splitlines()) == 1
+
+
+def test_a_row_that_is_asked_for_twice_is_made_once(monkeypatch, tmp_path):
+    """By repeated seeds, and by two studies of which the second waits. Both made it; the second removed the folder."""
+    assert study.missing([], ["grpo", "grpo"], [7, 7], "here") == [("grpo", 7)]
+    config = study.StudyConfig(world="house", results=str(tmp_path / "rows.jsonl"), out=str(tmp_path / "out"))
+    run = tmp_path / "out" / "house" / "grpo" / "7"
+    run.mkdir(parents=True)
+    row = {"world": "house", "method": "grpo", "seed": 7, "machine": study.machine()}
+    other = f"""
+import filelock, pathlib, time
+with filelock.FileLock({str(run / ".lock")!r}):
+    mine = pathlib.Path({str(run / "mine")!r})
+    mine.touch()
+    print(flush=True)
+    time.sleep(0.5)  # in which the folder is not removed
+    assert mine.exists()
+    pathlib.Path({str(config.file)!r}).write_text({json.dumps(row)!r} + chr(10))
+"""
+    monkeypatch.setattr(study.os, "setpgrp", lambda: None)
+    monkeypatch.setattr(study, "run_row", None)  # whoever makes the row would call it
+    first = subprocess.Popen([sys.executable, "-c", other], stdout=subprocess.PIPE)
+    first.stdout.readline()
+    study.make_row(config, "grpo", 7)
+    assert first.wait() == 0
+    assert read_file(config.file) == [row]
+
+
+def test_a_row_of_metrics_that_are_not_of_its_run_alone_is_refused(coin, monkeypatch, tmp_path):
+    """Of two studies at once rows with 78 values for 40 iterations were recorded, and the status was 0."""
+
+    def train(config, credit):
+        (tmp_path / "coin" / "grpo" / "3" / "metrics.jsonl").write_text(lines)
+
+    monkeypatch.setattr(study, "train", train)
+    monkeypatch.setattr(study, "measure", lambda config, tasks: {})
+    monkeypatch.setattr(study.os, "setpgrp", lambda: None)
+    config = study.StudyConfig(world="coin", results=str(tmp_path / "rows.jsonl"), out=str(tmp_path))
+    for iterations in ([0, 1, 1, 2], [0, 2], [0, 1], [0, 1, 2, 3], [1, 2]):
+        lines = "".join(f'{{"iteration": {iteration}}}\n' for iteration in iterations)
+        with pytest.raises(SystemExit, match=r"^coin grpo 3 failed: .* has not the iterations 0 to 2.*log\.txt$"):
+            study.make_row(config, "grpo", 3)
+    assert not config.file.exists()
+    assert "Traceback" in (tmp_path / "coin" / "grpo" / "3" / "log.txt").read_text()
+
+
+def test_ctrl_c_ends_a_study_and_the_rows_that_are_finished_are_there(monkeypatch, tmp_path):
+    """It trained every other run to its end, and recorded none."""
+
+    def run_row(world, method, seed, out):
+        with (tmp_path / "began").open("a") as file:
+            print(seed, os.getpid(), os.getpgrp(), signal.getsignal(signal.SIGINT) == signal.SIG_IGN, file=file)
+        if seed:
+            os.kill(os.getppid(), signal.SIGINT)
+            time.sleep(600)
+        return {"world": world, "method": method, "seed": seed, "machine": study.machine()}
+
+    fork = multiprocessing.get_context("fork")  # which imports nothing again
+    monkeypatch.setattr(study.multiprocessing, "get_context", lambda kind: fork)
+    monkeypatch.setattr(study, "run_row", run_row)
+    config = study.StudyConfig(world="house", results=str(tmp_path / "rows"), out=str(tmp_path / "out"), jobs=1)
+    with pytest.raises(SystemExit, match=r"^stopped; 2 of 3 rows are missing, the same command makes them$"):
+        study.make_rows(config, [("grpo", seed) for seed in range(3)], tqdm(disable=True))
+    assert [row["seed"] for row in read_file(config.file)] == [0]
+    seeds, processes, groups, ignored = zip(*map(str.split, (tmp_path / "began").read_text().splitlines()), strict=True)
+    assert seeds == ("0", "1")
+    assert processes == groups  # each is in a group of its own, and a terminal signals that of the study alone
+    assert ignored == ("True", "True")  # while it imports, before it has its own group
+    assert not [number for number in processes if Path(f"/proc/{number}").exists()]
+
+
+def test_a_row_that_is_made_again_leaves_the_run_of_the_first():
+    """The command `one row again` removed it."""
+    assert study.StudyConfig(world="house").folder == "out/study"
+    assert study.StudyConfig(world="house", results="/tmp/again.jsonl").folder == "/tmp/again.jsonl.runs"
+    assert study.StudyConfig(world="house", results="again.jsonl", out="here").folder == "here"
+
+
+@pytest.mark.parametrize("end", ["", "\n", '\n{"seed": 2, "mach'])
+def test_a_row_that_is_cut_off_is_left_out_with_a_word_and_made_again(end, tmp_path, capsys):
+    rows = [{"seed": seed, "machine": "−"} for seed in range(3)]
+    file = tmp_path / "rows.jsonl"
+    add_row(file, rows[0])
+    with file.open("a", encoding="utf-8") as lines:
+        lines.write(json.dumps(rows[1], ensure_ascii=False) + end)
+    assert read_file(file) == rows[:2]
+    assert (f"{file}, line 3: cut off" in capsys.readouterr().err) == (len(end) > 1)
+    add_row(file, rows[2], study.key)
+    add_row(file, rows[2], study.key)
+    assert read_file(file) == rows
+    assert capsys.readouterr().err == ""
+
+
+@pytest.mark.parametrize("line", ["{", "[]", "7", '{"seed": 1}', "[" * 100_000])
+def test_a_line_that_is_no_row_is_named(line, tmp_path):
+    (tmp_path / "rows").write_text(f'{line}\n{{"seed": 1, "machine": ""}}\n')
+    with pytest.raises(RecordError, match=f"^{tmp_path / 'rows'}, line 1: not .+; repair or delete the line$"):
+        read_file(tmp_path / "rows")
 
 
 def test_a_seed_is_finished_by_the_kind_of_machine_that_has_all_its_methods():
