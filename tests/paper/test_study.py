@@ -91,6 +91,21 @@ def test_a_row_comes_out_the_same_again(coin, tmp_path):
     assert "--methods grpo_empg --seeds 3" in row["command"]
 
 
+def test_a_row_of_a_pretrained_policy_holds_its_success_at_temperature_0(coin, monkeypatch, house_policy, tmp_path):
+    """The machine that trained it may be gone before paper/greedy.py could play it."""
+    house_policy.save(tmp_path / "model")
+    words = f"--policy {tmp_path / 'model'} --demonstrations 8 --imitation_rate 1e-3"
+    flags = re.sub("--demonstrations 240", words, study.WORLDS["coin"].flags)
+    monkeypatch.setitem(study.WORLDS, "coin", Entry("coin", flags))
+    row = study.run_row("coin", "grpo", 0, str(tmp_path / "runs"))
+    calm, sampled = row["greedy"]["eval"], row["eval"]["eval"]
+    assert calm["episodes"] == sampled["episodes"] == 12
+    assert calm != sampled
+    assert len(json.dumps(row)) < 20_000  # a row may have to be carried by hand
+    monkeypatch.setattr("paper.rows.read_rows", lambda name: [row] if name == "coin" else [])
+    assert sampled_and_greedy("coin")[1].of("grpo")[0]["eval"] == row["greedy"]
+
+
 def test_rows_that_are_there_are_not_run_again(monkeypatch, tmp_path):
     file = tmp_path / "rows.jsonl"
     file.write_text(json.dumps({"method": "grpo", "seed": 1, "machine": "of another kind"}) + "\n")
