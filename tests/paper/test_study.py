@@ -97,10 +97,16 @@ def test_a_row_of_a_pretrained_policy_holds_its_success_at_temperature_0(coin, m
     words = f"--policy {tmp_path / 'model'} --demonstrations 8 --imitation_rate 1e-3"
     flags = re.sub("--demonstrations 240", words, study.WORLDS["coin"].flags)
     monkeypatch.setitem(study.WORLDS, "coin", Entry("coin", flags))
+    temperatures, evaluate = [], measure.evaluate
+
+    def noted(player, envs, tasks, config, accelerator):
+        temperatures.append((config.temperature, len(tasks)))
+        return evaluate(player, envs, tasks, config, accelerator)
+
+    monkeypatch.setattr(measure, "evaluate", noted)
     row = study.run_row("coin", "grpo", 0, str(tmp_path / "runs"))
-    calm, sampled = row["greedy"]["eval"], row["eval"]["eval"]
-    assert calm["episodes"] == sampled["episodes"] == 12
-    assert calm != sampled
+    assert temperatures == [(1.0, 12), (1.0, 12), (0.0, 12)]  # the last policy, the first one for its texts, at 0
+    assert row["greedy"]["eval"]["episodes"] == 12
     assert len(json.dumps(row)) < 20_000  # a row may have to be carried by hand
     monkeypatch.setattr("paper.rows.read_rows", lambda name: [row] if name == "coin" else [])
     assert sampled_and_greedy("coin")[1].of("grpo")[0]["eval"] == row["greedy"]
