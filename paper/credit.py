@@ -323,7 +323,7 @@ def run_credit(credit: CreditConfig) -> None:
     config = replace(config, env_args=world_settings(run, config.env, config.env_args, credit.env_args))
     require_writable_file(file)
     require_writable(run / "credit")
-    accelerator = Accelerator(cpu=True)
+    accelerator = Accelerator()
     torch.set_num_threads(config.threads or torch.get_num_threads())
     folder = checkpoint_path(run, credit.checkpoint) if credit.checkpoint else run / "first_policy"
     envs = open_envs(config, config.batch_size, ["train"])

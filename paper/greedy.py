@@ -50,7 +50,7 @@ def greedy_row(run: Path, first: bool) -> Row:
     torch.set_num_threads(config.threads)
     envs = open_envs(config, config.batch_size, config.split)
     tasks = first_tasks(envs[0], config.env, *config.split, config.tasks)
-    accelerator = Accelerator(cpu=True)
+    accelerator = Accelerator()
     played = evaluate(load_player(policy, config, accelerator), envs, tasks, config, accelerator)
     return rounded(
         {

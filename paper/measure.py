@@ -12,7 +12,7 @@ import torch
 from accelerate import Accelerator
 from torch import Tensor
 
-from config import TrainConfig
+from config import EvalConfig, TrainConfig
 from empg import expected_score_norm, kl_k3, step_entropy, token_logp_and_entropy
 from engine.checkpoint import checkpoints
 from envs import held_out_splits
@@ -28,11 +28,12 @@ POINTS = 80  # tokens in the picture of Proposition 1
 def measure(config: TrainConfig, tasks: int) -> dict:
     """Everything that the study wants to know of the finished run of `config`.
 
-    tasks: of each held-out split, the first ones; all that there are if there are fewer.
+    tasks: of each held-out split, the first ones; all that there are if there are fewer. A pretrained policy plays them
+    at temperature 0, too ("greedy"). For the tiny one paper/greedy.py does that later.
     """
     run = Path(config.out)
     envs = open_envs(config, config.batch_size, ["train", *held_out_splits(config.env)])
-    accelerator = Accelerator(cpu=True)
+    accelerator = Accelerator()
     folders = run / "first_policy", checkpoints(run)[-1]
     first, last = (load_player(str(folder), config, accelerator) for folder in folders)
     splits = [split for split in held_out_splits(config.env) if has_tasks(envs[0], split)]
@@ -44,7 +45,12 @@ def measure(config: TrainConfig, tasks: int) -> dict:
     # The policy that sampled the episodes of iteration t has taken the updates of t - 1 iterations.
     drift = [[iteration - 1, kl_to(first, episodes)] for iteration, episodes in kept.items()]
     drift.append([config.iterations, kl_to(first, played[:TEXTS])])
-    return {
+    greedy = {}
+    if config.policy != "tiny":
+        limits = {"max_step_tokens": config.max_step_tokens, "max_tokens": config.max_tokens}
+        calm = evaluate(last, envs, held_out, EvalConfig(temperature=0.0, seed=config.seed, **limits), accelerator)
+        greedy["greedy"] = {split: summarize([e for e in calm if e.task.split == split]) for split in splits}
+    return greedy | {
         "eval": {split: summarize(part) for split, part in parts.items()},
         "kl": drift,
         "entropy_change": entropy_change(texts, last),
@@ -78,8 +84,10 @@ def entropy_change(texts: list[Episode], last: Policy) -> dict:
     texts: episodes that the first policy sampled.  Returns for "step" and "token" the mean entropy in nats before and
     after, of BINS equal parts of the steps or tokens, sorted by their entropy before.
     """
-    parts = list(sampled_logits(last, texts))
-    after = torch.cat([token_logp_and_entropy(logits[None], ids[None])[1][0] for logits, ids, _ in parts])
+    entropies = (
+        token_logp_and_entropy(logits[None], ids[None])[1][0] for logits, ids, _ in sampled_logits(last, texts)
+    )
+    after = torch.cat([*entropies]).cpu()
     batch = collate(texts)
     before = batch.token_entropy[batch.mask]
     later = torch.zeros_like(batch.token_entropy)
@@ -121,7 +129,7 @@ def score_norm_points(texts: list[Episode], policy: Policy) -> list[list[float]]
         entropy = token_logp_and_entropy(logits[None], ids[None])[1][0]
         collision = 2 * logits.log_softmax(-1).double()  # log p^2
         rows.append(torch.stack([entropy, -collision.logsumexp(-1).float(), expected_score_norm(logits)], 1))
-    points = torch.cat(rows)
+    points = torch.cat(rows).cpu()
     points = points[points[:, 0].argsort()]
     chosen = np.linspace(0, len(points) - 1, POINTS).round().astype(int)
     return [[round(x, 4) for x in point] for point in points[chosen].tolist()]

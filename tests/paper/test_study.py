@@ -91,6 +91,27 @@ def test_a_row_comes_out_the_same_again(coin, tmp_path):
     assert "--methods grpo_empg --seeds 3" in row["command"]
 
 
+def test_a_row_of_a_pretrained_policy_holds_its_success_at_temperature_0(coin, monkeypatch, house_policy, tmp_path):
+    """The machine that trained it may be gone before paper/greedy.py could play it."""
+    house_policy.save(tmp_path / "model")
+    words = f"--policy {tmp_path / 'model'} --demonstrations 8 --imitation_rate 1e-3"
+    flags = re.sub("--demonstrations 240", words, study.WORLDS["coin"].flags)
+    monkeypatch.setitem(study.WORLDS, "coin", Entry("coin", flags))
+    temperatures, evaluate = [], measure.evaluate
+
+    def noted(player, envs, tasks, config, accelerator):
+        temperatures.append((config.temperature, len(tasks)))
+        return evaluate(player, envs, tasks, config, accelerator)
+
+    monkeypatch.setattr(measure, "evaluate", noted)
+    row = study.run_row("coin", "grpo", 0, str(tmp_path / "runs"))
+    assert temperatures == [(1.0, 12), (1.0, 12), (0.0, 12)]  # the last policy, the first one for its texts, at 0
+    assert row["greedy"]["eval"]["episodes"] == 12
+    assert len(json.dumps(row)) < 20_000  # a row may have to be carried by hand
+    monkeypatch.setattr("paper.rows.read_rows", lambda name: [row] if name == "coin" else [])
+    assert sampled_and_greedy("coin")[1].of("grpo")[0]["eval"] == row["greedy"]
+
+
 def test_rows_that_are_there_are_not_run_again(monkeypatch, tmp_path):
     file = tmp_path / "rows.jsonl"
     file.write_text(json.dumps({"method": "grpo", "seed": 1, "machine": "of another kind"}) + "\n")
@@ -462,7 +483,7 @@ def test_a_table_is_filled_between_its_marks_and_nothing_else_is_touched():
 
 def test_every_committed_row_can_be_repeated_and_traced():
     for world in report.WORLDS:
-        rows = read_rows(world)
+        rows = read_rows(world) + read_rows(f"{world}_confirmation")
         assert len({(row["method"], row["seed"], row["machine"]) for row in rows}) == len(rows)  # none twice
         for row in rows:
             assert (
