@@ -1,5 +1,6 @@
 """What eval.py measures, against numbers from print or worked out by hand, and its command line as a user meets it."""
 
+import io
 import json
 import math
 import os
@@ -222,6 +223,31 @@ def test_the_oracle_by_the_command_line(tmp_path):
     episodes = load_episodes(tmp_path / "e")
     assert [episode.task for episode in episodes] == [Task("house", "eval", seed) for seed in range(20)]
     assert summarize(episodes) == result["oracle"]
+
+
+FEW = ["--policy", "oracle", "--env", "coin", "--tasks", "2"]
+
+
+class Gone(io.StringIO):
+    """A stream whose reader has ended."""
+
+    def write(self, text: str) -> int:
+        raise BrokenPipeError(32, "Broken pipe")
+
+
+def test_the_files_are_written_before_anything_is_printed(main, tmp_path, monkeypatch):
+    """With the reader of its output gone, eval.py lost the evaluation."""
+    monkeypatch.setattr("sys.stdout", Gone())
+    with pytest.raises(BrokenPipeError):
+        main(*FEW, "--json", str(tmp_path / "r"), "--episodes", str(tmp_path / "e"))
+    assert json.loads((tmp_path / "r").read_text())["oracle"]["success"] == 1.0
+    assert len(load_episodes(tmp_path / "e")) == 2
+
+
+def test_the_result_is_printed_although_a_file_cannot_be_written(main, tmp_path, capsys):
+    with pytest.raises(SystemExit, match="could not write"):
+        main(*FEW, "--json", str(tmp_path))
+    assert json.loads(capsys.readouterr().out.splitlines()[-1])["oracle"]["success"] == 1.0
 
 
 def test_two_players_by_the_command_line(main):
