@@ -1,4 +1,4 @@
-"""What a script does before its first import, so that nothing on the terminal can end it.
+"""What a script does before its imports, so that nothing that happens to the terminal ends it.
 
 A terminal is closed, a pipe's reader ends, the disk under `> log.txt` is full: Python raises from every print and every
 progress bar, and once more when it exits. Here such words are dropped, and the work goes on.
@@ -30,14 +30,12 @@ class Words:
 
 
 def start_script() -> None:
-    """Guard stdout and stderr, end with one line after Ctrl-C, and let OpenMP's threads sleep soon."""
-    for number in range(3):
-        try:
-            os.fstat(number)
-        except OSError:  # closed by the caller: the next file that is opened would get the number, and the words
-            os.open(os.devnull, os.O_RDWR)
-    # Python has no stream for a number that was closed.
-    sys.stdout, sys.stderr = (Words(stream or open(os.devnull, "w")) for stream in (sys.stdout, sys.stderr))
+    """Guard the terminal's streams, let Ctrl-C end in one line, and let OpenMP's threads sleep soon."""
+    # A stream that the caller closed is None. Its number is given to the next file that is opened, which must not be a
+    # file of the run: libraries write to number 2.
+    null = os.devnull
+    sys.stdin = sys.stdin or open(null)  # noqa: SIM115
+    sys.stdout, sys.stderr = Words(sys.stdout or open(null, "w")), Words(sys.stderr or open(null, "w"))  # noqa: SIM115
     sys.excepthook = _explain
     # OpenMP's threads spin while they wait, and take the cores from other programs. Here they sleep soon, unless the
     # user says otherwise. torch reads this when it is imported. Measured in docs/scaling.md.
@@ -45,7 +43,7 @@ def start_script() -> None:
 
 
 def _explain(kind: type[BaseException], error: BaseException, trace) -> None:
-    """What Python prints of an error that ends the program."""
+    """Called with the error that ends the program. A run under way does not get here: see `stoppable`."""
     if issubclass(kind, KeyboardInterrupt):
         print("stopped; nothing was saved yet", file=sys.stderr)
     else:

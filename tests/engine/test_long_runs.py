@@ -40,7 +40,13 @@ def same_run(a: Path, b: Path) -> bool:
 
 @pytest.mark.parametrize(
     ("part", "saved", "number"),
-    [(0, 0, signal.SIGTERM), (1, 0, signal.SIGINT), (2, 1, signal.SIGHUP), (3, 1, signal.SIGUSR1), (4, 2, signal.SIGTERM)],
+    [
+        (0, 0, signal.SIGTERM),
+        (1, 0, signal.SIGINT),
+        (2, 1, signal.SIGHUP),
+        (3, 1, signal.SIGUSR1),
+        (4, 2, signal.SIGTERM),
+    ],
 )
 def test_a_signal_aborts_sampling_and_nothing_is_lost(run, whole, monkeypatch, part, saved, number):
     """A run stopped only between iterations, which for a large model is later than a cluster waits. With the terminal
@@ -273,7 +279,7 @@ def test_the_best_policy_is_kept_with_its_evaluation(run, evaluate):
 
 def test_the_advice_after_out_of_memory_may_be_taken_on_resume():
     """--resume refused the very flag that the message named."""
-    found = [re.findall(r'explain_out_of_memory\(.*', (ROOT / name).read_text()) for name in ("train.py", "update.py")]
+    found = [re.findall(r"explain_out_of_memory\(.*", (ROOT / name).read_text()) for name in ("train.py", "update.py")]
     flags = set(re.findall(r"--(\w+)", str(found)))
     assert flags == {"batch_size", "micro_batch_tokens", "gradient_checkpointing"}
     assert flags <= checkpoint.MAY_CHANGE

@@ -1,10 +1,10 @@
-"""No message costs work: streams that cannot be written, scripts without a terminal, and Ctrl-C before the work begins."""
+"""No message costs work: streams that cannot be written, scripts without a terminal, Ctrl-C before the work begins."""
 
+import ast
 import os
 import signal
 import subprocess
 import sys
-from pathlib import Path
 
 import pytest
 from conftest import ROOT, SMALL, flags_of, rows, until
@@ -62,7 +62,7 @@ def script(*arguments: str, redirect: str = "", **streams) -> subprocess.Complet
 
 @pytest.mark.parametrize("broken", [">&-", "2>&-", "<&- >&- 2>&-", "> /dev/full", "2> /dev/full", "dead"])
 def test_a_script_without_a_terminal_works_and_its_files_hold_no_words(broken, tmp_path):
-    """The next file got the number of a stream that was closed. Python ended with status 120 when it could not flush."""
+    """The next file got the number of a stream that was closed. Python ended with status 120 if it could not flush."""
     pipe = dead_pipe() if broken == "dead" else subprocess.DEVNULL
     done = script(str(tmp_path / "file"), redirect="" if broken == "dead" else broken, stdout=pipe, stderr=pipe)
     assert done.returncode == 0
@@ -78,11 +78,12 @@ def test_ctrl_c_before_a_run_is_prepared_is_one_line(tmp_path):
 
 
 def test_a_run_whose_terminal_is_closed_saves(whole, cache, tmp_path):
-    """The reader of both streams ends, the run goes on, and SIGHUP stops it. A bar or the handler's own line ended it."""
+    """The reader of both streams ends, the run goes on, and SIGHUP stops it. A bar or the handler's line ended it."""
     flags = SMALL | {"iterations": 100_000, "checkpoint_every": 100_000, "eval_every": 100_000}
     command = [sys.executable, "train.py", *flags_of(flags | {"out": tmp_path / "run", "cache": cache})]
     reader, writer = os.pipe()
-    process = subprocess.Popen(command, cwd=ROOT, env=os.environ | {"OMP_NUM_THREADS": "1"}, stdout=writer, stderr=writer)
+    environment = os.environ | {"OMP_NUM_THREADS": "1"}
+    process = subprocess.Popen(command, cwd=ROOT, env=environment, stdout=writer, stderr=writer)
     try:
         os.close(writer)
         until(lambda: (tmp_path / "run" / "metrics.jsonl").exists())
@@ -95,3 +96,9 @@ def test_a_run_whose_terminal_is_closed_saves(whole, cache, tmp_path):
     (saved,) = checkpoints(tmp_path / "run")
     verify_checkpoint(saved)
     assert rows(tmp_path / "run")[1]["policy/loss"] == rows(whole)[1]["policy/loss"]
+
+
+@pytest.mark.parametrize("name", ["train", "eval", "imitate"])
+def test_a_script_guards_its_terminal_before_its_imports(name):
+    begin = ast.parse((ROOT / f"{name}.py").read_text()).body[1]  # after the docstring
+    assert ast.unparse(begin).split("\n    ")[1:] == ["from engine.terminal import start_script", "start_script()"]
