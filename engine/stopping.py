@@ -14,6 +14,7 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
+from select import select
 
 from accelerate.utils import gather_object
 
@@ -56,7 +57,8 @@ class StopRequest:
                 raise KeyboardInterrupt
             # Not print: the signal may have come in the middle of one, and a buffer cannot be entered twice.
             with suppress(OSError):  # the terminal may be gone
-                os.write(2, b"stopping, and saving first; Ctrl-C once more stops at once\n")
+                if select([], [2], [], 0)[1]:  # and a full pipe would keep us here
+                    os.write(2, b"stopping, and saving first; Ctrl-C once more stops at once\n")
             if self.sampling:
                 raise Stopped
 

@@ -1,24 +1,34 @@
 """What a script does before its imports, so that nothing that happens to the terminal ends it.
 
 A terminal is closed, a pipe's reader ends, the disk under `> log.txt` is full: Python raises from every print and every
-progress bar, and once more when it exits. Here such words are dropped, and the work goes on.
+progress bar, and once more when it exits. A pipe is full, or Ctrl-S stops the terminal: Python waits. Here such words
+are dropped, and the work goes on.
 """
 
 import os
 import sys
 from contextlib import suppress
+from select import select
 from typing import TextIO
 
 
 class Words:
-    """A text stream that drops what it cannot write."""
+    """A text stream that drops what it cannot write.
 
-    def __init__(self, stream: TextIO):
-        self.stream = stream
+    patience: seconds that a word waits for a reader that does not read. The words after it do not wait.
+    """
+
+    def __init__(self, stream: TextIO, patience: float = 10):
+        # `select` finds room for a line, not for a buffer of many.
+        stream.reconfigure(line_buffering=True, errors="backslashreplace")
+        self.stream, self.patience, self.wait = stream, patience, patience
 
     def write(self, text: str) -> int:
-        with suppress(OSError, ValueError):  # ValueError: the stream is closed, or its encoding lacks a character
-            self.stream.write(text)
+        with suppress(OSError, ValueError):  # ValueError: the stream was closed by a library
+            _, ready, _ = select([], [self.stream], [], self.wait)
+            self.wait = self.patience if ready else 0
+            if ready:
+                self.stream.write(text)
         return len(text)
 
     def flush(self) -> None:
