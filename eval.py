@@ -10,10 +10,10 @@ evaluated as during its training: same tasks, limits and random numbers, unless 
 world (folders, files, servers, data sets) are not taken from a checkpoint: --env_args names them again.
 """
 
-import os
-
 if __name__ == "__main__":
-    os.environ.setdefault("GOMP_SPINCOUNT", "1000")  # see train.py
+    from engine.terminal import start_script
+
+    start_script()
 
 import json
 from collections.abc import Sequence
@@ -250,7 +250,7 @@ def main() -> None:
 
 
 def run(config: EvalConfig, accelerator: Accelerator) -> None:
-    """Play, and let the main process print and write the result."""
+    """Play, and let the main process write and print the result."""
     for file in filter(None, (config.episodes, config.json)):
         require_writable_file(Path(file))
     names = config.compare or [config.policy]
@@ -263,41 +263,43 @@ def run(config: EvalConfig, accelerator: Accelerator) -> None:
     played = [evaluate(player, envs, tasks, config, accelerator) for player in players]
     if not accelerator.is_main_process:
         return
-    print(f"{config.env}, {len(tasks)} tasks of {', '.join(splits)}, temperature {config.temperature}")
-    result = report(dict(zip(names, played, strict=True)))
+    result, text = report(dict(zip(names, played, strict=True)))
     if config.compare:
-        result["paired"] = report_pair(*zip(names, played, strict=True))
-    if config.episodes:
-        with replacing(Path(config.episodes)) as file:
-            save_episodes(file, [episode for episodes in played for episode in episodes])
-    if config.json:
-        replace_file(Path(config.json), json.dumps(result, indent=1) + "\n")
-    print(json.dumps(result))
+        result["paired"], pairs = report_pair(*zip(names, played, strict=True))
+        text += pairs
+    try:
+        if config.episodes:
+            with replacing(Path(config.episodes)) as file:
+                save_episodes(file, [episode for episodes in played for episode in episodes])
+        if config.json:
+            replace_file(Path(config.json), json.dumps(result, indent=1) + "\n")
+    finally:  # a full disk does not cost what is printed
+        print(f"{config.env}, {len(tasks)} tasks of {', '.join(splits)}, temperature {config.temperature}")
+        print(f"{text}{json.dumps(result)}")
 
 
-def report(played: dict[str, list[Episode]]) -> dict:
-    """Print each player's table and return the summaries by player, "splits" within them if there are several."""
+def report(played: dict[str, list[Episode]]) -> tuple[dict, str]:
+    """The summaries by player, with "splits" within them if there are several, and each player's table as text."""
     result = {name: summarize(episodes) for name, episodes in played.items()}
     parts = {name: {split: summarize(part) for split, part in by_split(e).items()} for name, e in played.items()}
     if all(len(part) == 1 for part in parts.values()):
-        print(f"\n{table(result)}")
-        return result
+        return result, f"\n{table(result)}\n"
     for name, part in parts.items():
-        print(f"\n{name}\n{table(part)}")
         result[name]["splits"] = part
-    return result
+    return result, "".join(f"\n{name}\n{table(part)}\n" for name, part in parts.items())
 
 
-def report_pair(first: tuple[str, list[Episode]], second: tuple[str, list[Episode]]) -> dict:
-    """Print and return how two (name, episodes) compare, over all tasks and, if there are several, in each split."""
+def report_pair(first: tuple[str, list[Episode]], second: tuple[str, list[Episode]]) -> tuple[dict, str]:
+    """How two (name, episodes) compare, over all tasks and, if there are several, in each split; and that as text."""
     parts = zip(*(by_split(episodes).values() for _, episodes in (first, second)), strict=True)
     pairs = {split: compare(a, b) for split, (a, b) in zip(by_split(first[1]), parts, strict=True)}
-    print(f"\n{second[0]} minus {first[0]}:")
+    text = f"\n{second[0]} minus {first[0]}:\n"
     for split, pair in pairs.items():
         difference, low, high = (f"{100 * pair[key]:+.1f}" for key in ("difference", "low", "high"))
         counts = f"{pair['gained']} tasks gained, {pair['lost']} lost, McNemar p = {pair['p']:.2g}"
-        print(f"{split}: {difference} points, 95 % [{low}, {high}], {counts}")
-    return pairs["overall"] | {"splits": pairs} if len(pairs) > 1 else next(iter(pairs.values()))
+        text += f"{split}: {difference} points, 95 % [{low}, {high}], {counts}\n"
+    whole = pairs["overall"] | {"splits": pairs} if len(pairs) > 1 else next(iter(pairs.values()))
+    return whole, text
 
 
 if __name__ == "__main__":

@@ -10,13 +10,14 @@ The main process imitates alone, and the result does not depend on the number of
 AdamW's moments must fit its device: 16 bytes a parameter, with --fsdp too.
 """
 
-import os
-
 if __name__ == "__main__":
-    os.environ.setdefault("GOMP_SPINCOUNT", "1000")  # see train.py
+    from engine.terminal import start_script
+
+    start_script()
 
 import hashlib
 import json
+import os
 import shutil
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, replace

@@ -15,12 +15,10 @@ Differences from the papers: DAPO's length penalty counts the tokens of the whol
 Not covered: tensor parallelism. While sampling, every device holds all weights in compute precision, with --fsdp too.
 """
 
-import os
-
 if __name__ == "__main__":
-    # OpenMP's threads spin while they wait, and take the cores from other programs. Here they sleep soon, unless the
-    # user says otherwise. torch reads this when it is imported. Measured in docs/scaling.md.
-    os.environ.setdefault("GOMP_SPINCOUNT", "1000")
+    from engine.terminal import start_script
+
+    start_script()
 
 from collections.abc import Callable
 from pathlib import Path
@@ -210,7 +208,7 @@ def train(config: TrainConfig, assign_credit: Callable[..., Modulation] = assign
             raise SystemExit(record.not_finite(state.iteration, error.episodes)) from None
         except NoStepsError as error:
             raise SystemExit(f"{error}; --resume from {save_and_end()}" if state.iteration else str(error)) from None
-    print_summary(config, accelerator, record, state)
+        print_summary(config, accelerator, record, state)
 
 
 def prepare(config: TrainConfig, accelerator: Accelerator, env: Env, checkpoint: Path | None = None) -> Learner:
@@ -226,10 +224,10 @@ def prepare(config: TrainConfig, accelerator: Accelerator, env: Env, checkpoint:
 
 
 def print_summary(config: TrainConfig, accelerator: Accelerator, record: Record, state: RunState) -> None:
-    """The table, the picture, and where everything is."""
+    """The results and the picture as files, then the table, and where everything is."""
+    record.result({"before": state.before, "after": state.after, "best": state.best})
     record.progress.close()
     accelerator.end_training()
-    record.result({"before": state.before, "after": state.after, "best": state.best})
     if accelerator.is_main_process:
         out = Path(config.out)
         tasks = f"{config.env}, {state.after['episodes']} held-out tasks, temperature {config.temperature}"

@@ -30,9 +30,11 @@ from policy import Policy
 
 SHARDS = "shards"  # the folder of a sharded model and its optimizer, within a checkpoint
 KEEP = 2  # the newest and the one before it
-MAY_CHANGE = {  # flags that a resumed run may give another value
-    *("iterations", "resume", "out", "cache", "eval_every", "checkpoint_every", "report_to", "batch_size", "threads")
-}
+MAY_CHANGE = {  # flags that a resumed run may give another value, by what they change
+    *("resume", "out", "cache", "report_to"),  # where things are
+    *("iterations", "eval_every", "checkpoint_every"),  # when a run ends, is evaluated, is saved
+    *("batch_size", "threads", "micro_batch_tokens", "gradient_checkpointing"),  # how work is divided: rounding alone
+}  # and the sources of a world, see `_changed_flags`
 
 
 class CheckpointError(SystemExit):
@@ -92,7 +94,7 @@ def run_position(config: TrainConfig, mixed_precision: str) -> tuple[Path | None
             f"{out} was trained in mixed precision {state.mixed_precision}, and this launcher says {mixed_precision}: "
             f"resume with accelerate launch --mixed_precision {state.mixed_precision}"
         )
-    state.mixed_precision = mixed_precision
+    state.config, state.mixed_precision = asdict(config), mixed_precision
     complete = state.after is not None or state.unwritten is not None  # the last iteration of a run is evaluated
     if config.iterations < state.iteration or (config.iterations == state.iteration and not complete):
         raise CheckpointError(f"{out} has {state.iteration} iterations already; ask for more with --iterations")
@@ -111,10 +113,21 @@ def _state_of(folder: Path) -> RunState:
 
 
 def _changed_flags(config: TrainConfig, before: dict) -> str:
-    """The flags, with their values `before`, that have another value now and may not."""
+    """The flags, with their values `before`, that have another value now and may not.
+
+    Of the world's settings, a source may be at another place. It may not appear or vanish: the world would be another.
+    """
+    sources = _sources(config.env)
+
+    def compared(value):
+        if not isinstance(value, list):
+            return value
+        settings = dict(arg.partition("=")[::2] for arg in value)
+        return {name: bool(place) if name in sources else place for name, place in settings.items()}
+
     flags = []
     for name, value in before.items():
-        if name not in MAY_CHANGE and getattr(config, name) != value:
+        if name not in MAY_CHANGE and compared(getattr(config, name)) != compared(value):
             flags.append(f"--{name} {' '.join(value) if isinstance(value, list) else value}")
     return ", ".join(flags)
 
@@ -258,8 +271,8 @@ def evaluation_of(player: str) -> dict:
 def world_settings(folder: Path | str, env: str, saved: list[str], typed: list[str]) -> list[str]:
     """The world's settings that a folder's run had; those that the command line gives go before them.
 
-    A setting that is a text names a file, a folder with code, a server or a data set on the hub. The folder may be
-    somebody else's, so such a setting is never taken from it. Ends the program with a line that says what to type.
+    The folder may be somebody else's, so a source is never taken from it. Ends the program with a line that says what
+    to type.
     """
     texts = _sources(env)
     before, now = (dict(arg.partition("=")[::2] for arg in args) for args in (saved, typed))

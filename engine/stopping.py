@@ -1,5 +1,5 @@
-"""Stopping a run early without losing work: Ctrl-C, or the SIGTERM of a cluster that takes a machine back. And stopping
-it before a step that would ruin the weights.
+"""Stopping a run early without losing work: Ctrl-C, a terminal that is closed, or a cluster that takes a machine back.
+And stopping it before a step that would ruin the weights.
 
 Sampling changes nothing that a checkpoint holds, and the episodes can be sampled again from their seeds. So sampling is
 aborted at once. An update is completed first. Either way all ranks stop at the same place, save, and
@@ -12,8 +12,9 @@ import signal
 import sys
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
+from select import select
 
 from accelerate.utils import gather_object
 
@@ -24,6 +25,10 @@ class Stopped(KeyboardInterrupt):
     """The run was asked to stop. A KeyboardInterrupt: what an environment raises beside that only ends its episode."""
 
 
+# SIGHUP comes when the terminal is closed, SIGUSR1 when Slurm warns a job (`sbatch --signal=USR1@300`).
+SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGUSR1)
+
+
 class StopRequest:
     """The signal handlers of a run, until `close`. The first signal asks the run to stop, a second Ctrl-C ends it."""
 
@@ -31,7 +36,9 @@ class StopRequest:
         self.save: Callable[[], Path] | None = None  # writes a checkpoint; None while a run is prepared
         self.since: float | None = None  # seconds on the monotonic clock, when the run was asked
         self.sampling = False
-        self._before = {number: signal.signal(number, self._ask) for number in (signal.SIGINT, signal.SIGTERM)}
+        self._before = {number: signal.signal(number, self._ask) for number in SIGNALS}
+        if self._before[signal.SIGHUP] is signal.SIG_IGN:  # nohup
+            signal.signal(signal.SIGHUP, signal.SIG_IGN)
         _current.append(self)
 
     def close(self) -> None:
@@ -49,7 +56,9 @@ class StopRequest:
             if self.save is None:
                 raise KeyboardInterrupt
             # Not print: the signal may have come in the middle of one, and a buffer cannot be entered twice.
-            os.write(2, b"stopping, and saving first; Ctrl-C once more stops at once\n")
+            with suppress(OSError):  # the terminal may be gone
+                if select([], [2], [], 0)[1]:  # and a full pipe would keep us here
+                    os.write(2, b"stopping, and saving first; Ctrl-C once more stops at once\n")
             if self.sampling:
                 raise Stopped
 

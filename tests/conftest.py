@@ -5,6 +5,7 @@ import os
 import shutil
 import subprocess
 import sys
+import time
 from collections.abc import Callable
 from pathlib import Path
 
@@ -147,6 +148,14 @@ def launch(*arguments: str, **variables: str) -> subprocess.CompletedProcess:
     environment = os.environ | {"TQDM_DISABLE": "1", "OMP_NUM_THREADS": "1"} | variables
     command = [sys.executable, "-m", *arguments]
     return subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=300, check=False)
+
+
+def until(condition: Callable[[], bool], seconds: float = 90) -> None:
+    """Wait for the condition."""
+    start = time.monotonic()
+    while not condition():
+        assert time.monotonic() - start < seconds
+        time.sleep(0.1)
 
 
 def rows(out: Path) -> list[dict]:

@@ -1,5 +1,6 @@
 """What eval.py measures, against numbers from print or worked out by hand, and its command line as a user meets it."""
 
+import io
 import json
 import math
 import os
@@ -229,6 +230,31 @@ def test_a_result_that_cannot_be_written_ends_the_command_before_it_plays(main, 
     monkeypatch.setattr("eval.evaluate", None)  # whoever plays would call it
     with pytest.raises(SystemExit, match=f"could not write {tmp_path}: Is a directory"):
         main("--policy", "oracle", flag, str(tmp_path))
+
+
+FEW = ["--policy", "oracle", "--env", "coin", "--tasks", "2"]
+
+
+class Gone(io.StringIO):
+    """A stream whose reader has ended."""
+
+    def write(self, text: str) -> int:
+        raise BrokenPipeError(32, "Broken pipe")
+
+
+def test_the_files_are_written_before_anything_is_printed(main, tmp_path, monkeypatch):
+    """With the reader of its output gone, eval.py lost the evaluation."""
+    monkeypatch.setattr("sys.stdout", Gone())
+    with pytest.raises(BrokenPipeError):
+        main(*FEW, "--json", str(tmp_path / "r"), "--episodes", str(tmp_path / "e"))
+    assert json.loads((tmp_path / "r").read_text())["oracle"]["success"] == 1.0
+    assert len(load_episodes(tmp_path / "e")) == 2
+
+
+def test_the_result_is_printed_although_a_file_cannot_be_written(main, capsys):
+    with pytest.raises(SystemExit, match="could not write /dev/full: No space left on device"):
+        main(*FEW, "--json", "/dev/full")
+    assert json.loads(capsys.readouterr().out.splitlines()[-1])["oracle"]["success"] == 1.0
 
 
 def test_two_players_by_the_command_line(main):

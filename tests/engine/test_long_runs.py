@@ -2,23 +2,25 @@
 
 import json
 import os
+import re
 import shutil
 import signal
 import subprocess
 import sys
-import time
+from dataclasses import asdict
 from pathlib import Path
 
 import pytest
 import torch
 from accelerate import tracking
 from accelerate.utils import LoggerType
-from conftest import ROOT, SMALL, flags_of, rows, same_metrics, same_weights
+from conftest import ROOT, SMALL, flags_of, rows, same_metrics, same_weights, until
 from huggingface_hub import ModelCard
 
 import eval as evaluation
 import train
-from engine import checkpoint
+from config import TrainConfig
+from engine import checkpoint, record
 from engine.checkpoint import CheckpointError, checkpoints, verify_checkpoint
 from engine.record import RecordError, eval_metrics
 from engine.stopping import StopRequest, stoppable
@@ -36,9 +38,19 @@ def same_run(a: Path, b: Path) -> bool:
     return all((a / name).read_bytes() == (b / name).read_bytes() for name in names) and same_weights(a, b)
 
 
-@pytest.mark.parametrize(("part", "saved"), [(0, 0), (1, 0), (2, 1), (3, 1), (4, 2)])
-def test_a_signal_aborts_sampling_and_nothing_is_lost(run, whole, monkeypatch, part, saved):
-    """A run stopped only between iterations, which for a large model is later than a cluster waits.
+@pytest.mark.parametrize(
+    ("part", "saved", "number"),
+    [
+        (0, 0, signal.SIGTERM),
+        (1, 0, signal.SIGINT),
+        (2, 1, signal.SIGHUP),
+        (3, 1, signal.SIGUSR1),
+        (4, 2, signal.SIGTERM),
+    ],
+)
+def test_a_signal_aborts_sampling_and_nothing_is_lost(run, whole, monkeypatch, part, saved, number):
+    """A run stopped only between iterations, which for a large model is later than a cluster waits. With the terminal
+    gone the signal handler raised before it stopped anything.
 
     part: of the five parts in which the run samples, the one in which the signal comes.
     """
@@ -50,13 +62,17 @@ def test_a_signal_aborts_sampling_and_nothing_is_lost(run, whole, monkeypatch, p
     def signalled(env, action):
         if len(begun) == part + 1:
             steps_after.append(1)
-            os.kill(os.getpid(), signal.SIGTERM)
+            os.kill(os.getpid(), number)
         return step(env, action)
+
+    def gone(*_):
+        raise BrokenPipeError(32, "Broken pipe")
 
     with monkeypatch.context() as patch:
         for module in (train, evaluation):
             patch.setattr(module, "rollout", counted(module.rollout))
         patch.setattr(Coin, "step", signalled)
+        patch.setattr(os, "write", gone)
         with pytest.raises(SystemExit, match=f"stopped, .*checkpoint-00000{saved} is complete; resume with --resume"):
             run(**EVERY)
     assert len(steps_after) == 1  # and none of the other episodes went on
@@ -86,6 +102,22 @@ def test_a_second_ctrl_c_stops_at_once_and_an_echo_of_the_first_does_not():
     finally:
         stop.close()
     assert signal.getsignal(signal.SIGINT) == before
+
+
+def test_a_stop_while_the_results_are_written_lets_them_be_finished(run, monkeypatch):
+    monkeypatch.setattr(record, "draw_curves", lambda *_: os.kill(os.getpid(), signal.SIGINT))
+    out = run(iterations=1)
+    assert json.loads((out / "result.json").read_text())["after"]["success"] == rows(out)[-1]["eval/success"]
+
+
+def test_nohup_stays_in_force(tmp_path):
+    before = signal.signal(signal.SIGHUP, signal.SIG_IGN)
+    try:
+        with stoppable(tmp_path):
+            os.kill(os.getpid(), signal.SIGHUP)
+        assert signal.getsignal(signal.SIGHUP) is signal.SIG_IGN
+    finally:
+        signal.signal(signal.SIGHUP, before)
 
 
 @pytest.mark.parametrize(
@@ -146,13 +178,6 @@ def test_another_number_of_ranks_resumes_and_when_one_is_killed_the_others_end(r
     assert "another process of this run has ended; resume from the last checkpoint with --resume" in errors.decode()
     assert 'train.py", line' not in errors.decode()  # a traceback of ours; torchrun prints its own
     assert not [pid for pid in children if Path(f"/proc/{pid}").exists()]
-
-
-def until(condition, seconds: float = 90) -> None:
-    start = time.monotonic()
-    while not condition():
-        assert time.monotonic() - start < seconds
-        time.sleep(0.1)
 
 
 # --------------------------------------------------------------------------------------- checkpoints, the best one
@@ -247,6 +272,42 @@ def test_the_best_policy_is_kept_with_its_evaluation(run, evaluate):
     card = ModelCard.load(export(out, best=True) / "README.md")
     assert card.data.eval_results[0].metric_value == best["eval/success"]
     assert "number is too high" in card.text
+
+
+# ------------------------------------------------------------------------------------- what may change on resume
+
+
+def test_the_advice_after_out_of_memory_may_be_taken_on_resume():
+    """--resume refused the very flag that the message named."""
+    found = [re.findall(r"explain_out_of_memory\(.*", (ROOT / name).read_text()) for name in ("train.py", "update.py")]
+    flags = set(re.findall(r"--(\w+)", str(found)))
+    assert flags == {"batch_size", "micro_batch_tokens", "gradient_checkpointing"}
+    assert flags <= checkpoint.MAY_CHANGE
+
+
+def test_a_run_resumes_with_its_work_divided_in_another_way(run, whole):
+    out = run(**EVERY | {"iterations": 1})
+    divided = {"batch_size": 5, "micro_batch_tokens": 300, "gradient_checkpointing": True, "threads": 2}
+    run(**EVERY, resume=True, **divided)
+    same_metrics(rows(whole), rows(out), 1e-5)
+    saved = json.loads((checkpoints(out)[-1] / "state.json").read_text())["config"]
+    assert divided.items() <= saved.items()  # eval.py plays as many at a time
+
+
+@pytest.mark.parametrize(
+    ("before", "now", "may"),
+    [
+        ("retriever=http://a:1 topk=3", "topk=3 retriever=http://b:2", True),
+        ("questions=old/q.jsonl corpus=old/c.jsonl", "questions=new/q.jsonl corpus=new/c.jsonl", True),
+        ("questions=old/q.jsonl", "questions=old/q.jsonl corpus=c.jsonl", False),
+        ("retriever=http://a:1", "", False),
+        ("topk=3", "topk=4", False),
+    ],
+)
+def test_a_source_of_the_world_may_be_at_another_place(before, now, may):
+    """A search server at another port, or data that moved, ended the run."""
+    one, other = (TrainConfig(env="search", env_args=args.split()) for args in (before, now))
+    assert checkpoint._changed_flags(other, asdict(one)) == ("" if may else f"--env_args {before}")
 
 
 # ------------------------------------------------------------------------------------------------ export, trackers
