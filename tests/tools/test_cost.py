@@ -15,6 +15,7 @@ from transformers import AutoModelForCausalLM, LlamaConfig, Qwen2Config
 
 from config import TrainConfig, parse_config
 from engine.scorer import make_scorable
+from imitate import empty_model
 from policy import PolicyError
 from tools import bench_scale, cost
 from update import make_learner
@@ -48,7 +49,7 @@ def model_config(kind: type, width: int, inner: int, layers: int, heads: int, kv
 
 @pytest.mark.parametrize(("billions", "kind", "sizes"), PUBLISHED.values(), ids=PUBLISHED)
 def test_parameters_are_those_of_the_models_cards(billions, kind, sizes):
-    shape = cost.shape_of(model_config(kind, *sizes))
+    shape = cost.shape_of(empty_model(model_config(kind, *sizes)))
     assert shape.parameters / 1e9 == pytest.approx(billions, rel=0.01)
 
 
@@ -102,7 +103,7 @@ def test_weights_gradients_and_moments_are_what_a_learner_allocates(house_policy
         return sum(tensor.numel() * tensor.element_size() for tensor in tensors)
 
     moments = [part[name] for part in learner.optimizer.state.values() for name in ("exp_avg", "exp_avg_sq")]
-    always = cost.memory(settings, cost.shape_of(model.config), 1, 4)["always"]
+    always = cost.memory(settings, cost.shape_of(model), 1, 4)["always"]
     assert always == {
         "weights": size(model.parameters()),
         "AdamW": size(moments),
@@ -111,7 +112,7 @@ def test_weights_gradients_and_moments_are_what_a_learner_allocates(house_policy
 
 
 def test_processes_share_weights_with_fsdp_and_tasks_always():
-    shape = cost.shape_of(model_config(Qwen2Config, 64, 192, 4, 4, 2, 1000, True))
+    shape = cost.shape_of(empty_model(model_config(Qwen2Config, 64, 192, 4, 4, 2, 1000, True)))
     plain = TrainConfig(kl_coef=0.1, tasks_per_iteration=6, group_size=4)
     one, three = (cost.memory(plain, shape, ranks, 2) for ranks in (1, 3))
     assert one["always"] == three["always"]
@@ -134,14 +135,14 @@ def test_arithmetic_of_an_update_is_what_pytorch_counts():
         logp.sum().backward()
     work = bench_scale.Work(episodes=2, group=2, prompt=2, turns=12, sampled=2, inserted=2)
     machine = bench_scale.Machine(layer=0, decode=1, update=1)
-    parts = bench_scale.seconds(cost.shape_of(config), work, machine, TrainConfig())
+    parts = bench_scale.seconds(cost.shape_of(model), work, machine, TrainConfig())
     assert parts["update"] == pytest.approx(counter.get_total_flops(), rel=0.05)
-    assert parts["read"] == pytest.approx(2 * cost.shape_of(config).body * (2 + 2 * 22))  # the prompt once for both
-    assert parts["decode"] == 24 * 2 * (cost.shape_of(config).body + 128 * 512) * 2
+    assert parts["read"] == pytest.approx(2 * cost.shape_of(model).body * (2 + 2 * 22))  # the prompt once for both
+    assert parts["decode"] == 24 * 2 * (cost.shape_of(model).body + 128 * 512) * 2
 
 
 def test_the_slower_of_arithmetic_and_memory_sets_the_decode_step_and_links_add_up():
-    shape = cost.shape_of(model_config(Qwen2Config, 64, 192, 2, 4, 2, 500, True))
+    shape = cost.shape_of(empty_model(model_config(Qwen2Config, 64, 192, 2, 4, 2, 500, True)))
     work = bench_scale.Work(episodes=4, group=4, prompt=20, turns=3, sampled=10, inserted=20)
     slow = bench_scale.Machine(layer=0, decode=1e30, update=1, bandwidth=10)
     cache = 2 * 2 * 32 * 4 * 4 * 45  # keys and values, layers, width, bytes, episodes, half of the length
