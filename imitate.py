@@ -81,7 +81,7 @@ def cold_start(config: TrainConfig, accelerator: Accelerator, env: Env) -> Path:
             policy = tiny_policy(dialogues, TinyConfig(), config.seed)
         else:
             policy = load_policy(config.policy)
-            require_context(policy.model.config, config.max_tokens)  # what training would refuse is refused before the imitation
+            require_context(policy.model.config, config.max_tokens)  # refused before the imitation, not after it
             make_scorable(policy.model.to(accelerator.device))
             dialogues = demonstrations(config, env)
         imitate(policy, dialogues, how)

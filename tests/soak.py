@@ -63,7 +63,7 @@ def _rank(flags: list[str], rank: int, ranks: int, port: int, log: Path, main: C
         file = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_APPEND)
         os.dup2(file, 1)
         os.dup2(file, 2)
-        sys.stdout = sys.stderr = open(file, "w", buffering=1, closefd=False)  # pytest's are other ones
+        sys.stdout = sys.stderr = os.fdopen(file, "w", buffering=1)  # pytest's are other ones
         AcceleratorState._reset_state(reset_partial_state=True)  # of the parent, which may have run alone
         if ranks > 1:
             names = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": ranks, "LOCAL_WORLD_SIZE": ranks}

@@ -32,6 +32,7 @@ from tests import soak
 IMITATION = {"env": "coin", "demonstrations": 24, "max_tokens": 512, "threads": 1}
 RUN = SMALL | {"algorithm": "dapo", "kl_coef": 0.1, "micro_batch_tokens": 300, "checkpoint_every": 1, "eval_every": 1}
 
+
 @pytest.fixture(scope="module")
 def one(tmp_path_factory, cache) -> Path:
     """The run by this process alone."""
