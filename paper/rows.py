@@ -8,6 +8,7 @@ import json
 import re
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import cache
 from itertools import product
 from pathlib import Path
 from typing import NamedTuple
@@ -169,8 +170,9 @@ def read_file(file: Path) -> list[Row]:
     return [json.loads(line) for line in file.read_text().splitlines()] if file.exists() else []
 
 
+@cache
 def read_rows(name: str) -> list[Row]:
-    """The rows of docs/results/NAME.jsonl."""
+    """The rows of docs/results/NAME.jsonl. They are read once: all tables together need them a hundred times."""
     return read_file(RESULTS / f"{name}.jsonl")
 
 
