@@ -112,6 +112,7 @@ def test_importing_prints_nothing_and_leaves_threads_types_seeds_and_environment
         # None of these is what one of the files might set.
         os.chdir(tmp_path)
         os.environ.clear()
+        logging.root.handlers.clear()
         torch.set_num_threads(3)
         matplotlib.rcParams["backend"] = "svg"
         before, printed = state(), io.StringIO()
