@@ -33,7 +33,7 @@ from torch import Tensor
 from torch.nn import functional as F
 from torch.nn.utils.rnn import pad_sequence
 from tqdm import tqdm
-from transformers import AutoModelForCausalLM, PretrainedConfig
+from transformers import AutoModelForCausalLM, PretrainedConfig, PreTrainedModel
 
 import envs
 from config import TrainConfig, fail, parse_config
@@ -45,7 +45,7 @@ from engine.world_errors import require_none_aborted
 from envs import Env, careless_player, format_response
 from episode import Episode
 from eval import open_envs
-from policy import Dialogue, Policy, PolicyError, load_config, load_policy, require_context
+from policy import Dialogue, Policy, load_config, load_policy, refused, require_context
 from rollout import play_scripted, train_task
 from tiny import TinyConfig, tiny_model_config, tiny_policy
 
@@ -88,7 +88,7 @@ def cold_start(config: TrainConfig, accelerator: Accelerator, env: Env) -> Path:
             policy = tiny_policy(dialogues, TinyConfig(), config.seed)
         else:
             policy = load_policy(config.policy)
-            require_context(policy, config.max_tokens)  # what training would refuse is refused before the imitation
+            require_context(policy.model.config, config.max_tokens)  # refused before the imitation, not after it
             make_scorable(policy.model.to(accelerator.device))
             dialogues = demonstrations(config, env)
         imitate(policy, dialogues, how)
@@ -101,20 +101,20 @@ def read_config(policy: str) -> PretrainedConfig:
     """The configuration of a folder, of a hub id, or of the tiny model. Raises PolicyError if there is none."""
     if policy == "tiny":
         return tiny_model_config(TinyConfig(), TinyConfig.vocab_size)
-    try:
+    with refused(f"no policy at {policy!r}"):
         return load_config(policy)
-    except (OSError, RecursionError, ValueError) as error:
-        raise PolicyError(f"no policy at {policy!r}: {str(error).splitlines()[0]}") from error
 
 
 def count_parameters(policy: str) -> int:
     """Parameters of a model, the tiny one at most, counted without loading it. Raises PolicyError as `read_config`."""
-    config = read_config(policy)
-    try:
-        with torch.device("meta"):  # tensors without storage
-            return AutoModelForCausalLM.from_config(config, trust_remote_code=False).num_parameters()
-    except ValueError as error:
-        raise PolicyError(f"no policy at {policy!r}: {str(error).splitlines()[0]}") from error
+    with refused(f"no policy at {policy!r}"):
+        return empty_model(read_config(policy)).num_parameters()
+
+
+def empty_model(config: PretrainedConfig) -> PreTrainedModel:
+    """The model of a configuration, whose weights have no storage."""
+    with torch.device("meta"):
+        return AutoModelForCausalLM.from_config(config, trust_remote_code=False)
 
 
 # --------------------------------------------------------------------------------------------------- demonstrations

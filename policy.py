@@ -22,6 +22,7 @@ an episode.
 import json
 import re
 from collections.abc import Iterator, Set
+from contextlib import contextmanager
 from datetime import datetime
 from pathlib import Path
 
@@ -29,7 +30,7 @@ import torch
 from huggingface_hub import HfApi, try_to_load_from_cache
 from tokenizers import Tokenizer
 from transformers import AutoConfig, AutoModelForCausalLM, DynamicCache, PretrainedConfig, PreTrainedTokenizerFast
-from transformers.cache_utils import DynamicSlidingWindowLayer
+from transformers.cache_utils import DummyLayer, DynamicLayer, DynamicSlidingWindowLayer
 
 # A dialogue is a list of texts: instructions, first observation, then response and observation in turns.
 Dialogue = list[str]
@@ -44,6 +45,20 @@ PROBE_ENDS = ("look", "Open drawer 1.", "search[a: b]", '"No?"')  # a last lette
 
 class PolicyError(SystemExit):
     """The policy cannot be used. Ends the program with its message, one line, unless it is caught."""
+
+
+@contextmanager
+def refused(what: str) -> Iterator[None]:
+    """Raises PolicyError, in one line, for any error within but a GPU's memory that ran out.
+
+    A cut file, a broken template, an architecture that is like no other: each library has its own class.
+    """
+    try:
+        yield
+    except torch.OutOfMemoryError:
+        raise
+    except Exception as error:
+        raise PolicyError(f"{what}: {(str(error).strip() or type(error).__name__).splitlines()[0]}") from error
 
 
 class Policy:
@@ -248,7 +263,7 @@ PLAIN = (None, "eager", "sdpa", "batched_mm", "grouped_mm")
 
 def load_policy(path: str, dtype: torch.dtype = torch.float32) -> Policy:
     """A policy from a folder or a hub id. Raises PolicyError, in one line, if there is none or it cannot be used."""
-    try:
+    with refused(f"no policy at {path!r}"):
         config = load_config(path)
         # Not AutoTokenizer: for some model types, Qwen2 among them, it replaces the saved pre-tokenizer by that of the
         # family. A tiny Qwen2 with a tokenizer of its own then reads ids that it was never trained on.
@@ -256,9 +271,6 @@ def load_policy(path: str, dtype: torch.dtype = torch.float32) -> Policy:
         model = AutoModelForCausalLM.from_pretrained(path, config=config, dtype=dtype, trust_remote_code=False)
         require_vocabulary(model.config, tokenizer)
         return Policy(model, tokenizer)
-    except Exception as error:  # a cut file, a broken template, no such model: each library has its own class
-        reason = (str(error).strip() or type(error).__name__).splitlines()[0]
-        raise PolicyError(f"no policy at {path!r}: {reason}") from error
 
 
 def load_config(path: str) -> PretrainedConfig:
@@ -291,16 +303,20 @@ def require_vocabulary(config, tokenizer: PreTrainedTokenizerFast) -> None:
         raise ValueError(f"the tokenizer's ids go up to {largest}, but the model's vocabulary has {vocabulary} only")
 
 
-def require_context(policy: Policy, max_tokens: int) -> None:
-    """Raises PolicyError if an episode of max_tokens is longer than the model's positions or its attention window.
+def require_context(config: PretrainedConfig, max_tokens: int) -> None:
+    """Raises PolicyError if the model has other layers than attention, or an episode of max_tokens is longer than its
+    positions or its attention window.
 
     The sampler lets a token see all earlier ones. A sliding window that is longer than the episode hides none of them.
     """
-    config = policy.model.config.get_text_config()
+    config = config.get_text_config()
     positions = getattr(config, "max_position_embeddings", None)
     if positions is not None and max_tokens > positions:
         raise PolicyError(f"the model has {positions} positions; --max_tokens {max_tokens} must not be more")
     layers = DynamicCache(config=config).layers
+    if others := {type(layer) for layer in layers} - {DynamicLayer, DynamicSlidingWindowLayer, DummyLayer}:
+        names = ", ".join(sorted(other.__name__ for other in others))
+        raise PolicyError(f"only full attention is supported, and the model's cache has layers of the type {names}")
     windows = [layer.sliding_window for layer in layers if isinstance(layer, DynamicSlidingWindowLayer)]
     windows += [config.window_size] if config.model_type == "gpt_neo" else []  # unknown to the cache
     if windows and max_tokens > min(windows):

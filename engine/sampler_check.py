@@ -8,7 +8,7 @@ from torch import Tensor
 from empg import token_logp_and_entropy
 from engine.sampler import Sampler
 from episode import Episode, Task
-from policy import Policy, PolicyError, require_context
+from policy import Policy, PolicyError, refused, require_context
 
 # The most that captured log-probs may differ from the model's own, in nats: the largest difference in float32, the mean
 # one in 16 bits, where a logit of 20 is rounded by up to 0.06. Faults are larger by far.
@@ -27,14 +27,9 @@ def require_exact_sampling(policy: Policy, max_tokens: int) -> None:
     """
     policy.model.eval()
     rounded = policy.model.dtype.itemsize == 2 or torch.is_autocast_enabled(policy.model.device.type)
-    try:
-        require_context(policy, max_tokens)
+    with refused("the sampler does not support this model's attention or positions"):
+        require_context(policy.model.config, max_tokens)
         found = [_differences(policy, episode) for episode in _play_probe(policy, max_tokens)]
-    except (PolicyError, torch.OutOfMemoryError):
-        raise
-    except Exception as error:  # every architecture fails in its own way
-        reason = (str(error).strip() or type(error).__name__).splitlines()[0]
-        raise PolicyError(f"the sampler does not support this model's attention or positions: {reason}") from error
     difference = torch.stack([d.mean() if rounded else d.max() for d in found]).max().item()  # nan stays nan
     if not difference <= (TOLERANCE_16_BIT if rounded else TOLERANCE):
         size, reason = f"by {difference:.2g} nats", "(attention or positions that it does not support)"

@@ -21,7 +21,7 @@ from torch.autograd.function import once_differentiable
 from torch.utils.checkpoint import checkpoint
 from transformers.modeling_layers import GradientCheckpointingLayer
 
-from policy import PolicyError
+from policy import PolicyError, refused
 
 CHUNK_ELEMENTS = 2**26  # logits in memory at a time: 256 MiB in float32
 
@@ -62,17 +62,38 @@ def _forward(kind: type):
 def _require_plain_head(model: nn.Module, head: nn.Module) -> None:
     if type(head) is not nn.Linear or head.bias is not None:
         raise PolicyError("the update cannot use this model: its lm_head is not a linear layer without bias")
-    if head.weight.is_meta:  # sharded loading: only the main process has the weights, and it makes this comparison
-        return
     ids = torch.arange(1, 9, device=head.weight.device)[None]
-    try:
-        with torch.no_grad():
+    # Llama 4's base model is the model itself, and returns no hidden state.
+    with refused("the update cannot use this model"), torch.no_grad():
+        if head.weight.is_meta:  # the dry run; sharded loading, where the main process has the weights
+            plain = model.base_model is not model and _keeps_hidden_states(model, head)
+        else:
             plain = torch.equal(model(input_ids=ids).logits, head(model.base_model(input_ids=ids).last_hidden_state))
-    except Exception as error:  # Llama 4's base model is the model itself, and returns no hidden state
-        reason = (str(error).strip() or type(error).__name__).splitlines()[0]
-        raise PolicyError(f"the update cannot use this model: {reason}") from error
     if not plain:
         raise PolicyError("the update cannot use this model: its logits are not lm_head of the last hidden state")
+
+
+class _FixedOutput(tuple):
+    """What a body returns in the test of a model without weights: hidden states, and None under any other name."""
+
+    def __getattr__(self, name: str) -> Tensor | None:
+        return self[0] if name == "last_hidden_state" else None
+
+
+def _keeps_hidden_states(model: nn.Module, head: nn.Module) -> bool:
+    """Whether nothing but the head comes between the last hidden state and the logits; the weights are not needed.
+
+    The body is replaced by a function that returns fixed numbers, and the head by one that returns what it gets.
+    """
+    output, parts = _FixedOutput([torch.ones(1, 1, head.in_features)]), {model.base_model, model.get_decoder()}
+    for part in parts:
+        part.forward = lambda *_, **__: output
+    head.forward = lambda hidden: hidden
+    try:
+        return torch.equal(model(input_ids=torch.ones(1, 1, dtype=torch.long)).logits, output[0])
+    finally:
+        for part in {head, *parts}:
+            del part.forward
 
 
 class ScoringHead(nn.Linear):

@@ -9,6 +9,7 @@ import re
 import sys
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import cache
 from itertools import product
 from pathlib import Path
 from typing import NamedTuple
@@ -205,8 +206,9 @@ def add_row(file: Path, row: Row, key: Callable[[Row], tuple] | None = None) -> 
         replace_file(file, f"{text}\n{json.dumps(row)}\n".lstrip())
 
 
+@cache
 def read_rows(name: str) -> list[Row]:
-    """The rows of docs/results/NAME.jsonl."""
+    """The rows of docs/results/NAME.jsonl. They are read once: all tables together need them a hundred times."""
     return read_file(RESULTS / f"{name}.jsonl")
 
 

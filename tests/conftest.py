@@ -25,7 +25,7 @@ from engine.checkpoint import checkpoints
 from envs import careless_player, make_envs
 from episode import Episode, Task
 from imitate import Imitation, dialogue, imitate
-from policy import Policy
+from policy import Dialogue, Policy
 from rollout import play_scripted, rollout
 from tiny import TinyConfig, tiny_policy
 
@@ -89,6 +89,26 @@ def without_pictures():
     """Runs in this process draw no curves.png, which takes longer than such a run. The README's command draws one."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(record, "draw_curves", lambda metrics, picture: None)
+        yield
+
+
+@pytest.fixture(scope="session", autouse=True)
+def each_template_once():
+    """The pieces of a chat template are computed once for all the policies of a session that have it.
+
+    A policy renders sixty dialogues for them, which takes a tenth of a small run.
+    """
+    compute = Policy._template_pieces
+
+    def pieces(policy: Policy, texts: Dialogue) -> list[str]:
+        key = (str(policy.tokenizer.chat_template), str(policy.tokenizer.special_tokens_map), *texts)
+        if key not in found:
+            found[key] = compute(policy, texts)
+        return found[key]
+
+    found: dict[tuple, list[str]] = {}
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(Policy, "_template_pieces", pieces)
         yield
 
 

@@ -7,7 +7,8 @@
 Kills alternate. SIGKILL hits one rank at random, and the others are then ended as a launcher ends them. SIGTERM goes to
 all ranks, as when a cluster takes its machines back. Metrics, weights and the optimizer must be equal bit for bit.
 
-train.py is imported once, and its ranks are forks: a start costs a second instead of ten.
+train.py is imported once, and its ranks are forks: a start costs a second instead of ten. Tests of several processes
+start theirs in the same way.
 """
 
 import argparse
@@ -25,6 +26,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 import torch
+from accelerate.state import AcceleratorState
 from safetensors.torch import load_file
 from torch.distributed.checkpoint.format_utils import dcp_to_torch_save
 from torch.utils._pytree import tree_leaves
@@ -61,6 +63,8 @@ def _rank(flags: list[str], rank: int, ranks: int, port: int, log: Path, main: C
         file = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_APPEND)
         os.dup2(file, 1)
         os.dup2(file, 2)
+        sys.stdout = sys.stderr = os.fdopen(file, "w", buffering=1)  # pytest's are other ones
+        AcceleratorState._reset_state(reset_partial_state=True)  # of the parent, which may have run alone
         if ranks > 1:
             names = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": ranks, "LOCAL_WORLD_SIZE": ranks}
             names |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}

@@ -3,8 +3,8 @@
 import io
 import json
 import math
-import os
-import subprocess
+import runpy
+import socket
 import sys
 from dataclasses import asdict
 from pathlib import Path
@@ -207,13 +207,13 @@ def test_table_has_a_row_for_each_task_type_of_any_player_and_for_each_measure()
 # ------------------------------------------------------------------------------------------------------- command line
 
 
-def test_the_oracle_by_the_command_line(tmp_path):
-    """As a user starts it, without a network."""
+def test_the_oracle_by_the_command_line(tmp_path, monkeypatch, capsys):
+    """The file as a user starts it, without a network."""
     flags = ["--policy", "oracle", "--tasks", "20", "--json", str(tmp_path / "r"), "--episodes", str(tmp_path / "e")]
-    environment, command = os.environ | {"HF_HUB_OFFLINE": "1"}, [sys.executable, "eval.py", *flags]
-    done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, check=False)
-    assert done.returncode == 0, done.stderr
-    lines = done.stdout.rstrip("\n").split("\n")
+    monkeypatch.setattr(sys, "argv", ["eval.py", *flags, "--threads", "1"])
+    monkeypatch.setattr(socket.socket, "connect", None)  # whoever reaches for a server calls it
+    runpy.run_path(str(ROOT / "eval.py"), run_name="__main__")
+    lines = capsys.readouterr().out.rstrip("\n").split("\n")
     result = json.loads(lines[-1])
     assert (result["oracle"]["success"], result["oracle"]["episodes"], result["oracle"]["invalid"]) == (1.0, 20, 0.0)
     # 20 of 20: from 20 / (20 + z^2) = 83.9 %.

@@ -9,7 +9,6 @@ import pytest
 import tokenizers
 import torch
 from accelerate import Accelerator
-from conftest import flags_of, launch
 from torch.nn import functional as F
 
 import imitate as module
@@ -115,24 +114,6 @@ def test_what_training_would_refuse_is_refused_before_the_imitation(build, tmp_p
     config = TrainConfig(**flags, max_tokens=8193)
     with pytest.raises(PolicyError, match="8192 positions"):
         module.first_policy(config, Accelerator(cpu=True), open_envs(config, 1, [])[0])
-
-
-def test_a_policy_of_any_folder_imitates_once_however_many_processes_there_are(build, tmp_path):
-    """`python imitate.py` prints the folder that train.py starts from. Two sharded ranks find that of one process."""
-    flags = {"env": "coin", "policy": build(), "demonstrations": 24, "max_tokens": 512, "cache": tmp_path / "other"}
-    alone = launch("imitate", *flags_of(flags))
-    assert alone.returncode == 0, alone.stderr[-2000:]
-    (folder,) = (tmp_path / "other").iterdir()
-    assert alone.stdout.splitlines()[-1] == str(folder)
-    flags["cache"] = tmp_path / "ranks"
-    ranks = launch("torch.distributed.run", "--nproc_per_node", "2", "imitate.py", *flags_of(flags), "--fsdp")
-    assert ranks.returncode == 0, ranks.stderr[-2000:]
-    assert ranks.stdout.count(str(tmp_path / "ranks" / folder.name)) == 1
-    one, other, first = (load_policy(str(path)) for path in (folder, tmp_path / "ranks" / folder.name, build()))
-    assert equal_weights(one, other)
-    assert not equal_weights(one, first)
-    nothing = launch("imitate", "--policy", str(folder))
-    assert nothing.stderr.splitlines()[-1].endswith("error: there is nothing to imitate: set --demonstrations")
 
 
 def test_a_killed_build_leaves_nothing_that_is_taken_for_whole(build, monkeypatch):

@@ -1,11 +1,22 @@
 """How the files hang together, read from their syntax trees: imports run one way, and importing does nothing."""
 
 import ast
-import importlib.util
-import subprocess
+import contextlib
+import importlib
+import io
+import logging
+import os
+import random
+import signal
 import sys
 from graphlib import TopologicalSorter
 from pathlib import Path
+
+import matplotlib
+import numpy
+import torch
+
+from tests import soak
 
 ROOT = Path(__file__).parents[1]
 FOLDERS = ("", "engine/", "worlds/", "paper/", "tools/", "examples/")
@@ -86,14 +97,10 @@ def test_the_formulas_need_torch_alone_and_the_small_worlds_nothing():
 
 # ----------------------------------------------------------------------------------------- importing does nothing
 
-PROBE = """
-import contextlib, io, logging, os, random, signal, sys, warnings
-import matplotlib, numpy
-{others}
-torch.manual_seed(0), random.seed(0), numpy.random.seed(0)
 
-def state():
-    return {{
+def state() -> dict:
+    """What an import may change for everybody else in the process."""
+    return {
         "threads": (torch.get_num_threads(), torch.get_num_interop_threads()),
         "flags": (torch.get_default_dtype(), torch.is_grad_enabled(), torch.are_deterministic_algorithms_enabled()),
         "seeds": (torch.random.get_rng_state().tolist(), random.getstate(), str(numpy.random.get_state())),
@@ -101,26 +108,39 @@ def state():
         "handlers": [signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)],
         "process": (dict(os.environ), os.getcwd(), os.listdir(), list(sys.argv)),
         "engine.figures": matplotlib.rcParams._get("backend"),
-    }}
-
-before, printed = state(), io.StringIO()
-with contextlib.redirect_stdout(printed), contextlib.redirect_stderr(printed):
-    import {modules}
-assert printed.getvalue() == "", printed.getvalue()
-after = state()
-assert [name for name in before if before[name] != after[name]] == []
-"""
+    }
 
 
 def test_importing_prints_nothing_and_leaves_threads_types_seeds_and_environment_alone(tmp_path):
-    """What other libraries do when they are imported is not ours: they come first, by the files' own statements."""
+    """What other libraries do when they are imported is not ours: they come first, by the files' own statements.
+
+    The files are imported again, in a fork of this process.
+    """
     extra = {"worlds.alfworld_engine": "alfworld", "worlds.alfworld_games": "textworld"}
     extra |= {name: "trl" for name in TREES if room(name) == "examples"}
     names = [name for name in TREES if name not in extra or importlib.util.find_spec(extra[name])]
     bodies = [part for name in names for node in TREES[name].body for part in getattr(node, "body", [node])]
     nodes = [node for node in bodies if isinstance(node, ast.Import | ast.ImportFrom)]
     others = {ast.unparse(node) for node in nodes if not imports(ast.Module([node], [])) & {"worlds", *TREES}}
-    code = PROBE.format(others="\n".join(sorted(others)), modules=", ".join(names))
-    command = [sys.executable, "-c", f"import sys; sys.path.insert(0, {str(ROOT)!r})\n{code}"]
-    result = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True)
-    assert result.returncode == 0, result.stderr
+
+    def probe() -> None:
+        exec("\n".join(sorted(others)), {})
+        for name in sys.modules.keys() & TREES.keys():
+            del sys.modules[name]
+        # None of these is what one of the files might set.
+        os.chdir(tmp_path)
+        os.environ.clear()
+        logging.root.handlers.clear()
+        torch.set_num_threads(3)
+        matplotlib.rcParams["backend"] = "svg"
+        before, printed = state(), io.StringIO()
+        with contextlib.redirect_stdout(printed), contextlib.redirect_stderr(printed):
+            for name in names:
+                importlib.import_module(name)
+        assert printed.getvalue() == ""
+        after = state()
+        assert [part for part in before if before[part] != after[part]] == []
+
+    log = tmp_path / "log.txt"
+    codes, _ = soak.end(soak.start([], 1, log, probe))
+    assert codes == [0], log.read_text()

@@ -457,6 +457,6 @@ def test_a_tokenizer_with_ids_that_the_model_does_not_know_is_refused(tiny, tmp_
 
 
 def test_episodes_longer_than_the_positions_of_the_model_are_refused(tiny):
-    require_context(tiny, 8192)
+    require_context(tiny.model.config, 8192)
     with pytest.raises(PolicyError, match="the model has 8192 positions; --max_tokens 8193 must not be more"):
-        require_context(tiny, 8193)
+        require_context(tiny.model.config, 8193)

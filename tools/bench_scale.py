@@ -31,6 +31,7 @@ from engine.ranks import start_ranks
 from engine.record import revision
 from envs import make_envs
 from episode import Episode, Task, collate
+from imitate import empty_model
 from rollout import rollout
 from tools.bench_rollout import clock, random_policy, step_advantage
 from tools.cost import Shape, shape_of
@@ -178,7 +179,7 @@ def work_of(played: list[Episode], turns: int) -> Work:
 
 def computed(point: dict, machine: Machine) -> tuple[float, float]:
     """Seconds of sampling and of the update, as the formula has them."""
-    shape, work = shape_of(Qwen2Config(**MODELS[point["model"]])), Work(**point["work"])
+    shape, work = shape_of(empty_model(Qwen2Config(**MODELS[point["model"]]))), Work(**point["work"])
     parts = seconds(shape, work, machine, settings(point["episodes"]), point["ranks"])
     return parts["decode"] + parts["read"], parts["update"] + parts["communicate"]
 

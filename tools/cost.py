@@ -14,13 +14,13 @@ import argparse
 import os
 from dataclasses import dataclass
 
-import torch
 from torch import nn
-from transformers import AutoModelForCausalLM, PretrainedConfig
+from transformers import PreTrainedModel
 
 from config import TrainConfig, parse_config
-from engine.scorer import CHUNK_ELEMENTS
-from imitate import read_config
+from engine.scorer import CHUNK_ELEMENTS, make_scorable
+from imitate import empty_model, read_config
+from policy import refused, require_context
 
 HEADROOM = 0.1  # share of a device's memory that a run should leave free
 # Bytes that a layer keeps for its backward pass, for one token, per unit of its width, of the MLP's width and of the
@@ -41,18 +41,17 @@ class Shape:
     vocabulary: int
 
 
-def shape_of(config: PretrainedConfig) -> Shape:
-    """The sizes of the model that a transformers configuration describes."""
-    with torch.device("meta"):
-        model = AutoModelForCausalLM.from_config(config, trust_remote_code=False)
-    head = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
+def shape_of(model: PreTrainedModel) -> Shape:
+    """The sizes of a model, which may have no storage. Where its configuration is silent, they are those of GPT-2."""
+    config = model.config.get_text_config()
+    width, heads = config.hidden_size, config.num_attention_heads
     return Shape(
         parameters=_parameters(model),
         body=_parameters(model.base_model) - _parameters(model.get_input_embeddings()),
         layers=config.num_hidden_layers,
-        width=config.hidden_size,
-        inner=config.intermediate_size,
-        keys=head * config.num_key_value_heads,
+        width=width,
+        inner=getattr(config, "intermediate_size", None) or 4 * width,
+        keys=(getattr(config, "head_dim", None) or width // heads) * getattr(config, "num_key_value_heads", heads),
         vocabulary=config.vocab_size,
     )
 
@@ -108,9 +107,12 @@ def dry_run(config: TrainConfig, processes: int, gpu_memory: float = 80, precisi
     """What a run on this many processes would load and take. Ends the program with advice if it does not fit.
 
     gpu_memory: of one device, GB.  precision: Accelerate's mixed precision.
-    Raises PolicyError if there is no configuration of the model.
+    Raises PolicyError if there is no configuration of the model, or it says that training would refuse the model.
     """
-    shape = shape_of(read_config(config.policy))
+    with refused(f"the dry run cannot describe {config.policy!r}"):
+        described = read_config(config.policy)
+        require_context(described, config.max_tokens)
+        shape = shape_of(make_scorable(empty_model(described)))
     parts = memory(config, shape, processes, 2 if precision in ("bf16", "fp16") else 4)
     lines = [*describe(config, shape, processes, precision), "", "memory of one process, GB"]
     for name, terms in parts.items():

@@ -5,8 +5,6 @@ import os
 import re
 import shutil
 import signal
-import subprocess
-import sys
 from dataclasses import asdict
 from pathlib import Path
 
@@ -16,6 +14,7 @@ from accelerate import tracking
 from accelerate.utils import LoggerType
 from conftest import ROOT, SMALL, flags_of, rows, same_metrics, same_weights, until
 from huggingface_hub import ModelCard
+from torch.distributed.launcher.api import LaunchConfig, elastic_launch
 
 import eval as evaluation
 import train
@@ -25,6 +24,7 @@ from engine.checkpoint import CheckpointError, checkpoints, verify_checkpoint
 from engine.record import RecordError, eval_metrics
 from engine.stopping import StopRequest, stoppable
 from policy import load_policy
+from tests import soak
 from tools.export import export
 from worlds.coin import Coin
 
@@ -154,30 +154,29 @@ def test_a_lost_rank_is_told_while_the_launchers_signal_is_still_caught(run, mon
     assert "another process of this run has ended; resume from the last checkpoint with --resume" in said[0]
 
 
-def test_another_number_of_ranks_resumes_and_when_one_is_killed_the_others_end(run, whole, cache):
-    """A rank that waits for a dead one waits for ever, or for half an hour."""
-    out = run(**EVERY | {"iterations": 1})
-    command = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", "2", "train.py"]
+def test_another_number_of_ranks_resumes_and_when_one_is_killed_the_others_end(run, whole, cache, tmp_path):
+    """A rank that waits for a dead one waits for ever, or for half an hour. torchrun and its ranks are forks."""
+    out, log = run(**EVERY | {"iterations": 1}), tmp_path / "log.txt"
+    torchrun = {"rdzv_backend": "c10d", "rdzv_endpoint": "localhost:0", "max_restarts": 0, "start_method": "fork"}
     flags = SMALL | EVERY | {"iterations": 100_000, "checkpoint_every": 10_000}
     flags |= {"out": out, "cache": cache, "resume": True}
-    environment = os.environ | {"TQDM_DISABLE": "1", "OMP_NUM_THREADS": "1"}
-    launcher = subprocess.Popen(
-        [*command, *flags_of(flags)], cwd=ROOT, env=environment, stderr=subprocess.PIPE, stdout=subprocess.DEVNULL
-    )
+    main = elastic_launch(LaunchConfig(min_nodes=1, max_nodes=1, nproc_per_node=2, **torchrun), train.main)
+    (launcher,) = soak.start(flags_of(flags), 1, log, main)
     try:
         until(lambda: len(rows(out)) > 4)
-        children = Path(f"/proc/{launcher.pid}/task/{launcher.pid}/children").read_text().split()
+        children = Path(f"/proc/{launcher}/task/{launcher}/children").read_text().split()
         assert len(children) == 2
         os.kill(int(children[1]), signal.SIGKILL)
-        _, errors = launcher.communicate(timeout=60)
-    finally:
-        launcher.kill()
+        until(lambda: not [pid for pid in children if Path(f"/proc/{pid}").exists()])
+    except BaseException:
+        os.kill(launcher, signal.SIGTERM)
+        raise
+    (code,), _ = soak.end([launcher])
     assert json.loads((out / "config.json").read_text())["ranks"] == 2
     same_metrics(rows(whole), rows(out)[:3], 1e-6)
-    assert launcher.returncode != 0
-    assert "another process of this run has ended; resume from the last checkpoint with --resume" in errors.decode()
-    assert 'train.py", line' not in errors.decode()  # a traceback of ours; torchrun prints its own
-    assert not [pid for pid in children if Path(f"/proc/{pid}").exists()]
+    assert code != 0
+    assert "another process of this run has ended; resume from the last checkpoint with --resume" in log.read_text()
+    assert 'train.py", line' not in log.read_text()  # a traceback of ours; torchrun prints its own
 
 
 # --------------------------------------------------------------------------------------- checkpoints, the best one

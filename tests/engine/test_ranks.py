@@ -7,65 +7,30 @@ import shutil
 import subprocess
 import sys
 from pathlib import Path
+from statistics import mean
 from types import SimpleNamespace
 
 import pytest
+import torch
 from accelerate.state import AcceleratorState
-from conftest import ROOT, SMALL, flags_of, rows, same_metrics, same_weights
+from conftest import SMALL, flags_of, rows, same_metrics, same_weights
+from torch.distributed.fsdp import FSDPModule
 
 import eval as evaluation
+import imitate
 import train
 from config import TrainConfig
 from engine import checkpoint, ranks
 from engine.checkpoint import RunState
 from engine.ranks import cpu_threads, full_weights, start_ranks
 from engine.record import RecordError, eval_metrics, precision_of
+from engine.stopping import Stopped
 from envs import make_envs
 from policy import load_policy
-
-RUN = SMALL | {"algorithm": "dapo", "kl_coef": 0.1, "micro_batch_tokens": 300, "checkpoint_every": 1, "eval_every": 1}
-
-# Runs one program after another in forked ranks; the argument lists program, number of ranks, flags and what the ranks
-# say last. The run in "parts" is first stopped, as by SIGTERM, before its first update. At the end runs are killed.
-SCRIPT = f"""
-import importlib, json, sys
-from pathlib import Path
-sys.path.insert(0, {str(ROOT)!r})
-import eval, train
-from engine import record
-from engine.stopping import Stopped
 from tests import soak
-from torch.distributed.fsdp import FSDPModule
 
-update, sample_groups = train.update, train.sample_groups
-
-def watched(config, learner, *rest):
-    result = update(config, learner, *rest)
-    models = [model for model in (learner.model, learner.reference) if model is not None]
-    parts = [sum(p.to_local().numel() / p.numel() for p in model.parameters()) / len([*model.parameters()])
-             if isinstance(model, FSDPModule) else 1.0 for model in models]
-    if learner.accelerator.is_main_process:
-        with open(config.out + "/parts.jsonl", "a") as file:
-            file.write(json.dumps([learner.accelerator.num_processes, *parts]) + "\\n")
-    return result
-
-def stopped_early(config, *rest):
-    if config.out.endswith("parts") and not config.resume:
-        raise Stopped
-    return sample_groups(config, *rest)
-
-train.update, train.sample_groups = watched, stopped_early
-record.draw_curves = lambda metrics, picture: None
-for module in soak.LATE:
-    importlib.import_module(module)
-for program, ranks, flags, said in json.loads(sys.argv[1]):
-    log = Path(sys.argv[2])
-    log.write_text("")
-    codes, _ = soak.end(soak.start(flags, ranks, log, getattr(sys.modules[program], "main")))
-    assert codes == [1 if said else 0] * ranks and said in log.read_text(), log.read_text()
-train.update, train.sample_groups, sys.argv[1:] = update, sample_groups, ["--kills", "3"]
-soak.main()
-"""
+IMITATION = {"env": "coin", "demonstrations": 24, "max_tokens": 512, "threads": 1}
+RUN = SMALL | {"algorithm": "dapo", "kl_coef": 0.1, "micro_batch_tokens": 300, "checkpoint_every": 1, "eval_every": 1}
 
 
 @pytest.fixture(scope="module")
@@ -79,25 +44,50 @@ def one(tmp_path_factory, cache) -> Path:
 @pytest.fixture(scope="module")
 def several(one, cache, tmp_path_factory) -> Path:
     """The same run by two ranks, in the folder "run", and what eval.py says of it on two ranks, in eval.json. With
-    models divided among two ranks: "whole"; and "parts", resumed after none of its iterations, after one, and after two
-    by three ranks."""
-    folder = tmp_path_factory.mktemp("ranks")
+    models divided among two ranks: the imitation of a policy, in "imitated"; a run, in "whole"; and "parts", resumed
+    after none of its iterations, after one, and after two by three ranks. What each printed is in a file of its number.
+
+    The ranks are forks of this process. The run in "parts" is first stopped, as by SIGTERM, before its first update."""
+    folder, update, sample_groups = tmp_path_factory.mktemp("ranks"), train.update, train.sample_groups
+
+    def watched(config, learner, *rest):
+        result = update(config, learner, *rest)
+        models = [model for model in (learner.model, learner.reference) if model is not None]
+        if learner.accelerator.is_main_process:
+            with (Path(config.out) / "parts.jsonl").open("a") as file:
+                print(json.dumps([learner.accelerator.num_processes, *map(share, models)]), file=file)
+        return result
+
+    def stopped_early(config, *rest):
+        if config.out.endswith("parts") and not config.resume:
+            raise Stopped
+        return sample_groups(config, *rest)
 
     def job(out: str, ranks: int = 2, said: str = "", **flags) -> tuple:
-        return "train", ranks, flags_of(RUN | {"cache": cache, "out": folder / out} | flags), said
+        return train.main, ranks, RUN | {"cache": cache, "out": folder / out} | flags, said
 
     played = {"policy": folder / "run" / "checkpoint-000002", "json": folder / "eval.json", "threads": 1}
     stopped = "checkpoint-000000 is complete; resume with --resume"
-    jobs = [job("run"), ("eval", 2, flags_of(played), "")]
+    jobs = [job("run"), (evaluation.main, 2, played, "")]
+    jobs += [(imitate.main, 2, IMITATION | {"policy": one / "best", "cache": folder / "imitated", "fsdp": True}, "")]
     jobs += [job("whole", fsdp=True), job("parts", fsdp=True, said=stopped)]
     jobs += [job("parts", number, fsdp=True, resume=True, iterations=n) for number, n in ((2, 1), (2, 2), (3, 3))]
-    (folder / "script.py").write_text(SCRIPT)
-    environment = os.environ | {"TQDM_DISABLE": "1", "OMP_NUM_THREADS": "1"}
-    command = [sys.executable, str(folder / "script.py"), json.dumps(jobs), str(folder / "log.txt")]
-    result = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
-    assert result.returncode == 0, result.stdout + result.stderr[-3000:]
-    (folder / "kills.txt").write_text(result.stdout)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(train, "update", watched)
+        patch.setattr(train, "sample_groups", stopped_early)
+        for number, (main, ranks, flags, said) in enumerate(jobs):
+            log = folder / f"{number}.txt"
+            codes, _ = soak.end(soak.start(flags_of(flags), ranks, log, main))
+            assert codes == [1 if said else 0] * ranks, log.read_text()
+            assert said in log.read_text()
     return folder
+
+
+def share(model: torch.nn.Module) -> float:
+    """The mean part of a parameter that this process holds."""
+    if not isinstance(model, FSDPModule):
+        return 1.0
+    return mean(p.to_local().numel() / p.numel() for p in model.parameters())
 
 
 def parts(out: Path) -> list[tuple]:
@@ -163,10 +153,29 @@ def test_a_sharded_run_is_resumed_on_another_number_of_ranks(one, several, cache
     same_metrics(rows(tmp_path / "one"), rows(several / "parts"), 1e-4)
 
 
-def test_a_run_killed_at_random_moments_comes_out_the_same(several):
+def test_a_run_killed_at_random_moments_comes_out_the_same(whole, cache, tmp_path, capsys):
     """`python tests/soak.py --kills 20`, and with --ranks 2, for more of it."""
-    last = (several / "kills.txt").read_text().splitlines()[-1]
+    (tmp_path / "warm_starts").symlink_to(cache)  # `whole` has put the same imitation there
+    assert soak.soak(kills=3, ranks=1, seed=0, extra=[], folder=tmp_path) == 0
+    last = capsys.readouterr().out.splitlines()[-1]
     assert re.fullmatch(r"3 kills in [123] runs: metrics, weights and optimizer equal to .*, bit for bit", last)
+
+
+def test_a_policy_imitates_once_however_many_processes_there_are(one, several, tmp_path, monkeypatch, capsys):
+    """`python imitate.py` prints the folder that train.py starts from. Two sharded ranks find that of one process."""
+    flags = flags_of(IMITATION | {"policy": one / "best", "cache": tmp_path})
+    monkeypatch.setattr(sys, "argv", ["imitate.py", *flags])
+    imitate.main()
+    (folder,) = tmp_path.iterdir()
+    assert capsys.readouterr().out.splitlines()[-1] == str(folder)
+    (log,) = [path for path in several.glob("?.txt") if str(several / "imitated") in path.read_text()]
+    assert log.read_text().count(str(several / "imitated" / folder.name)) == 1
+    assert same_weights(folder, several / "imitated" / folder.name)
+    assert not same_weights(folder, one / "best")
+    monkeypatch.setattr(sys, "argv", ["imitate.py", "--policy", str(folder)])
+    with pytest.raises(SystemExit, match="2"):
+        imitate.main()
+    assert capsys.readouterr().err.endswith("error: there is nothing to imitate: set --demonstrations\n")
 
 
 def test_the_full_checkpoint_of_a_sharded_run_opens_and_plays(several):

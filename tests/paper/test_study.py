@@ -64,10 +64,10 @@ def test_methods_of_a_world_differ_in_nothing_but_the_method(world):
 
 
 @pytest.fixture
-def coin(monkeypatch, tmp_path):
+def coin(monkeypatch, cache):
     """A world of seconds in the place of the study's."""
     flags = "--env coin --iterations 2 --eval_every 1 --tasks_per_iteration 3 --group_size 4"
-    flags += f" --demonstrations 240 --slip 0.6 --max_step_tokens 24 --max_tokens 256 --cache {tmp_path / 'cache'}"
+    flags += f" --demonstrations 240 --slip 0.6 --max_step_tokens 24 --max_tokens 256 --cache {cache}"
     monkeypatch.setitem(study.WORLDS, "coin", Entry("coin", flags))
     monkeypatch.setitem(study.TASKS, "coin", 12)
 

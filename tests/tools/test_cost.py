@@ -4,6 +4,7 @@ import os
 import subprocess
 import sys
 from collections.abc import Iterable
+from contextlib import nullcontext
 from dataclasses import replace
 from pathlib import Path
 
@@ -11,11 +12,13 @@ import pytest
 import torch
 from accelerate import Accelerator
 from torch.utils.flop_counter import FlopCounterMode
-from transformers import AutoModelForCausalLM, LlamaConfig, Qwen2Config
+from transformers import CONFIG_MAPPING, AutoModelForCausalLM, LlamaConfig, Qwen2Config
 
 from config import TrainConfig, parse_config
 from engine.scorer import make_scorable
+from imitate import empty_model
 from policy import PolicyError
+from tests import sweep_architectures as sweep
 from tools import bench_scale, cost
 from update import make_learner
 
@@ -48,7 +51,7 @@ def model_config(kind: type, width: int, inner: int, layers: int, heads: int, kv
 
 @pytest.mark.parametrize(("billions", "kind", "sizes"), PUBLISHED.values(), ids=PUBLISHED)
 def test_parameters_are_those_of_the_models_cards(billions, kind, sizes):
-    shape = cost.shape_of(model_config(kind, *sizes))
+    shape = cost.shape_of(empty_model(model_config(kind, *sizes)))
     assert shape.parameters / 1e9 == pytest.approx(billions, rel=0.01)
 
 
@@ -102,7 +105,7 @@ def test_weights_gradients_and_moments_are_what_a_learner_allocates(house_policy
         return sum(tensor.numel() * tensor.element_size() for tensor in tensors)
 
     moments = [part[name] for part in learner.optimizer.state.values() for name in ("exp_avg", "exp_avg_sq")]
-    always = cost.memory(settings, cost.shape_of(model.config), 1, 4)["always"]
+    always = cost.memory(settings, cost.shape_of(model), 1, 4)["always"]
     assert always == {
         "weights": size(model.parameters()),
         "AdamW": size(moments),
@@ -111,7 +114,7 @@ def test_weights_gradients_and_moments_are_what_a_learner_allocates(house_policy
 
 
 def test_processes_share_weights_with_fsdp_and_tasks_always():
-    shape = cost.shape_of(model_config(Qwen2Config, 64, 192, 4, 4, 2, 1000, True))
+    shape = cost.shape_of(empty_model(model_config(Qwen2Config, 64, 192, 4, 4, 2, 1000, True)))
     plain = TrainConfig(kl_coef=0.1, tasks_per_iteration=6, group_size=4)
     one, three = (cost.memory(plain, shape, ranks, 2) for ranks in (1, 3))
     assert one["always"] == three["always"]
@@ -134,14 +137,14 @@ def test_arithmetic_of_an_update_is_what_pytorch_counts():
         logp.sum().backward()
     work = bench_scale.Work(episodes=2, group=2, prompt=2, turns=12, sampled=2, inserted=2)
     machine = bench_scale.Machine(layer=0, decode=1, update=1)
-    parts = bench_scale.seconds(cost.shape_of(config), work, machine, TrainConfig())
+    parts = bench_scale.seconds(cost.shape_of(model), work, machine, TrainConfig())
     assert parts["update"] == pytest.approx(counter.get_total_flops(), rel=0.05)
-    assert parts["read"] == pytest.approx(2 * cost.shape_of(config).body * (2 + 2 * 22))  # the prompt once for both
-    assert parts["decode"] == 24 * 2 * (cost.shape_of(config).body + 128 * 512) * 2
+    assert parts["read"] == pytest.approx(2 * cost.shape_of(model).body * (2 + 2 * 22))  # the prompt once for both
+    assert parts["decode"] == 24 * 2 * (cost.shape_of(model).body + 128 * 512) * 2
 
 
 def test_the_slower_of_arithmetic_and_memory_sets_the_decode_step_and_links_add_up():
-    shape = cost.shape_of(model_config(Qwen2Config, 64, 192, 2, 4, 2, 500, True))
+    shape = cost.shape_of(empty_model(model_config(Qwen2Config, 64, 192, 2, 4, 2, 500, True)))
     work = bench_scale.Work(episodes=4, group=4, prompt=20, turns=3, sampled=10, inserted=20)
     slow = bench_scale.Machine(layer=0, decode=1e30, update=1, bandwidth=10)
     cache = 2 * 2 * 32 * 4 * 4 * 45  # keys and values, layers, width, bytes, episodes, half of the length
@@ -195,6 +198,51 @@ def test_a_dry_run_without_a_model_says_so(tmp_path, run_cost):
         run_cost("--policy", str(tmp_path / "empty"))
 
 
+CHANGED_LOGITS = r"^the update cannot use this model: its logits are not lm_head of the last hidden state$"
+NO_HEAD = r"^the update cannot use this model: its lm_head is not a linear layer without bias$"
+
+
+@pytest.mark.parametrize(
+    ("name", "message"),
+    [("gpt2", None), ("mixtral", None), ("gemma2", CHANGED_LOGITS), ("minicpm3", CHANGED_LOGITS), ("phi", NO_HEAD)],
+)
+def test_a_model_is_refused_with_its_weights_and_without(name, message):
+    """Gemma 2 fitted, and training refused it. MiniCPM 3 scales what its head gets, Gemma 2 what its head returns."""
+    model = sweep.tiny_model_of(name)
+    for each in (empty_model(model.config), model):
+        with pytest.raises(PolicyError, match=message) if message else nullcontext():
+            make_scorable(each)
+
+
+@pytest.mark.parametrize(
+    ("name", "settings", "message"),
+    [
+        ("gemma2", {}, CHANGED_LOGITS),
+        ("mistral", {"sliding_window": 499}, r"^only full attention .* window has 499 tokens; --max_tokens 500 must"),
+        ("llama", {"max_position_embeddings": 499}, r"^the model has 499 positions; --max_tokens 500 must not be"),
+        ("jamba", {}, r"^only full attention .* cache has layers of the type LinearAttentionLayer$"),
+        ("qwen2_vl", {}, r"^the dry run cannot describe '[^\n]*': Unrecognized configuration class [^\n]*$"),
+        ("blt", {}, r"^the dry run cannot describe '[^\n]*': 'BltConfig' object has no attribute [^\n]*$"),
+    ],
+)
+def test_the_dry_run_refuses_what_training_refuses_in_one_line(name, settings, message, tmp_path, run_cost):
+    """Eight architectures fitted that training refused, and vision-language models ended in a traceback."""
+    described = sweep.tiny_config(CONFIG_MAPPING[name], **settings)
+    described.save_pretrained(tmp_path)
+    with pytest.raises(PolicyError, match=message):
+        run_cost("--policy", str(tmp_path), "--max_tokens", "500")
+
+
+@pytest.mark.parametrize("name", ["gpt2", "gemma3"])
+def test_the_sizes_of_a_model_are_found_under_other_names(name):
+    """GPT-2 does not name the width of its MLP, and a vision-language model has a configuration for its text."""
+    shape = cost.shape_of(empty_model(sweep.tiny_config(CONFIG_MAPPING[name])))
+    expected = {"layers": 2, "width": 64, "inner": 64, "keys": 32, "vocabulary": len(sweep.tokenizer())}
+    assert expected | ({"inner": 256, "keys": 64} if name == "gpt2" else {}) == {
+        key: getattr(shape, key) for key in expected
+    }
+
+
 def test_a_dry_run_takes_the_flags_of_training_its_own_and_no_others(run_cost, capsys):
     assert "2 layers of width 64, vocabulary 1,024" in run_cost()
     assert "world       house max_steps=5 objects=4\n" in run_cost("--env_args", "max_steps=5", "objects=4")
@@ -236,9 +284,12 @@ def preset(world: str, model: str, *more: str, **variables: str) -> subprocess.C
 
 
 @pytest.mark.parametrize(("world", "model", "policy", "ranks"), PRESETS)
-def test_a_preset_fits_its_gpus_and_has_the_published_settings(world, model, policy, ranks, tmp_path):
+def test_a_preset_fits_its_gpus_and_has_the_published_settings(world, model, policy, ranks, tmp_path, monkeypatch):
     _, kind, sizes = PUBLISHED[policy]
-    model_config(kind, *sizes).save_pretrained(tmp_path)
+    described = model_config(kind, *sizes)
+    described.save_pretrained(tmp_path)
+    model = empty_model(described)  # once for all methods
+    monkeypatch.setattr(cost, "empty_model", lambda _: model)
     assert parse_config(TrainConfig, preset(world, model).stdout.split()).policy == policy
     for method, flags in METHODS.items():
         config = parse_config(TrainConfig, preset(world, model, *flags, POLICY=str(tmp_path)).stdout.split())
@@ -250,11 +301,13 @@ def test_a_preset_fits_its_gpus_and_has_the_published_settings(world, model, pol
         assert config.tasks_per_iteration == (256 if world == "search" else 16)
 
 
-def test_a_preset_can_be_dry_run(large):
-    done = preset("alfworld", "qwen7b", POLICY=str(large), TRAIN=f"{sys.executable} -m tools.cost --gpu_memory 10")
-    assert (done.returncode, done.stdout) == (1, "")
-    assert "world       alfworld restate_task=0 max_steps=50 data=games" in done.stderr
-    assert "does not fit 10 GB" in done.stderr
+def test_a_preset_can_be_dry_run(large, run_cost):
+    """TRAIN is the command that gets the preset's flags, and its status is that of the script."""
+    printed = preset("alfworld", "qwen7b", POLICY=str(large), TRAIN="echo --gpu_memory 10").stdout
+    with pytest.raises(SystemExit, match="does not fit 10 GB") as end:
+        run_cost(*printed.split())
+    assert "world       alfworld restate_task=0 max_steps=50 data=games" in str(end.value)
+    assert preset("alfworld", "qwen7b", TRAIN="false").returncode == 1
 
 
 @pytest.mark.parametrize("world", ["alfworld", "webshop", "search", "house", "mars"])
