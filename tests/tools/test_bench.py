@@ -4,7 +4,6 @@ import math
 
 import pytest
 import torch
-from accelerate.state import AcceleratorState
 
 from tools.bench_rollout import Load, measure_gpu
 
@@ -18,15 +17,6 @@ TINY = Load(
     context=512,
     rows=2,
 )
-
-
-@pytest.fixture
-def no_precision_yet(monkeypatch):
-    """Accelerate allows one mixed precision in a process, and other tests have theirs."""
-    threads = torch.get_num_threads()
-    monkeypatch.setattr(AcceleratorState, "_shared_state", {})
-    yield
-    torch.set_num_threads(threads)
 
 
 @pytest.mark.usefixtures("no_precision_yet")
