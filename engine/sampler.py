@@ -106,7 +106,7 @@ class Memory:
     """
 
     def __init__(self, policy: Policy, rows: int, tokens: int, weights: tuple[int, ...] = ()):
-        device, self.tokens, self.weights = policy.device, tokens, weights
+        device, self.tokens, self.weights = policy.model.device, tokens, weights
         self.cache = DynamicCache(config=policy.model.config)
         self.cache.layers = [SlotLayer() for _ in self.cache.layers]
         self.columns = 0  # of the cache
@@ -137,7 +137,7 @@ def memory_of(policy: Policy, rows: int, tokens: int) -> Memory:
 
     A sharded policy keeps none: each rollout gathers its weights at new addresses, and its update needs the room.
     """
-    if policy.device.type not in CAPTURED or isinstance(policy.model, FSDPModule):
+    if policy.model.device.type not in CAPTURED or isinstance(policy.model, FSDPModule):
         return Memory(policy, rows, tokens)
     weights, kept = tuple(weight.data_ptr() for weight in policy.model.parameters()), policy.memory
     if kept is None or (kept.tokens, kept.weights) != (tokens, weights) or len(kept.ids) < rows:
@@ -169,7 +169,7 @@ class Sampler:
     ):
         self.policy, self.temperature = policy, temperature
         self.max_step_tokens, self.max_tokens = max_step_tokens, max_tokens
-        self.rounding = ROUNDING.get(policy.device.type, ROUNDING["cpu"])
+        self.rounding = ROUNDING.get(policy.model.device.type, ROUNDING["cpu"])
         # Eager attention adds the mask to the scores. A boolean one would add 1 for tokens that are seen, 0 for others.
         self.adds_mask = policy.model.config.get_text_config()._attn_implementation == "eager"
         self.memory = memory_of(policy, _round_up(len(prompts), self.rounding[0]), max_step_tokens)
@@ -183,7 +183,7 @@ class Sampler:
         """Make `rows` the batch, in this order. All other rows are dropped."""
         lengths = [self.lengths[row] for row in rows]
         if rows != list(range(len(rows))):
-            index = torch.tensor(rows, dtype=torch.long, device=self.policy.device)
+            index = torch.tensor(rows, dtype=torch.long, device=self.policy.model.device)
             for layer in self.memory.cache.layers:
                 layer.keep(index, max(lengths, default=0))
         self.lengths = lengths
@@ -232,7 +232,7 @@ class Sampler:
 
     def _read(self, pending: list) -> Tensor:
         """Feed each row its pending ids, padded on the left to (B, n). Returns the logits (B, V) after the last id."""
-        width, device, logits = max(map(len, pending)), self.policy.device, []
+        width, device, logits = max(map(len, pending)), self.policy.model.device, []
         at_once = max(1, READ_AT_ONCE // max(1, width))
         for start in range(0, len(pending), at_once):
             part = pending[start : start + at_once]
@@ -252,7 +252,7 @@ class Sampler:
             graphs[shape].replay()
             return
         self._decode(rows, columns)
-        if self.policy.device.type in CAPTURED:
+        if self.policy.model.device.type in CAPTURED:
             start = time.perf_counter()
             graphs[shape] = self._capture(rows, columns)
             self.policy.capture_seconds += time.perf_counter() - start
