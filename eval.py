@@ -68,6 +68,7 @@ def first_tasks(env: Env, name: str, split: str, number: int) -> list[Task]:
     return [Task(name, split, seed) for seed in range(number if size is None else min(number, size))]
 
 
+@explain_out_of_memory("loading the policy", "take a smaller model")
 def load_player(path: str, config: EvalConfig | TrainConfig, accelerator: Accelerator) -> Policy:
     """The policy of a folder or a hub id, on this device. Raises PolicyError if it cannot be loaded or sampled from."""
     policy = load_policy(path)

@@ -71,6 +71,7 @@ class Policy:
 
     def __init__(self, model, tokenizer):
         self.model, self.tokenizer = model, tokenizer
+        self.memory, self.capture_seconds = None, 0.0  # engine/sampler.py keeps them between rollouts on a GPU
         if tokenizer.chat_template is None:
             raise ValueError("the tokenizer has no chat template; use an instruction-tuned model")
         tokenizer.clean_up_tokenization_spaces = False  # decoding would take blanks out of actions

@@ -160,7 +160,7 @@ def evaluate_and_save(config: TrainConfig, learner: Learner, envs: list[Env], re
     """The end of an iteration: evaluate if it is time, write its metrics, save if it is time."""
     if config.is_evaluated(state.iteration):
         evaluate_held_out(config, learner, envs, record, state)
-    record.metrics(state.iteration, state.unwritten)
+    record.metrics(state.iteration, state.unwritten, learner.policy.capture_seconds)
     state.unwritten = None
     if state.iteration == config.iterations or (state.iteration and state.iteration % config.checkpoint_every == 0):
         save(Path(config.out), state, learner.accelerator, learner.policy, learner.optimizer)

@@ -44,6 +44,7 @@ class Learner:
     reference: torch.nn.Module | None  # the frozen first policy; None if kl_coef is 0
 
 
+@explain_out_of_memory("loading the policy", "take a smaller model, or divide it with --fsdp")
 def make_learner(config: TrainConfig, accelerator: Accelerator, path: str, first: str) -> Learner:
     """The policy at `path` and a new optimizer, prepared by the accelerator, and the reference at `first` if there is a
     KL term. Raises PolicyError if a policy cannot be loaded or used."""

@@ -42,6 +42,7 @@ from torch.distributed.tensor import DTensor
 
 from config import TrainConfig
 from engine.stopping import gather_or_stop
+from policy import PolicyError
 
 COMPUTE = {"bf16": torch.bfloat16, "fp16": torch.float16}  # by the name of Accelerate's mixed precision
 OFF = ("", "false", "no", "0", "none")
@@ -55,6 +56,8 @@ LAUNCHER = {
     "ACCELERATE_USE_PARALLELISM_CONFIG": OFF,  # tensor and context parallelism
     "FSDP_IGNORED_MODULES": OFF,  # their gradients would differ between ranks
 }
+# How PyTorch and its libraries say that memory ran out, in errors of several classes.
+OUT_OF_MEMORY = ("out of memory", "ALLOC_FAILED", "can't allocate memory")
 # How long a rank waits for another. One whose episodes are long may sample for an hour while the others wait, and NCCL
 # would give up after ten minutes. When a rank dies, the launcher ends the others at once.
 PATIENCE = timedelta(hours=4)
@@ -112,11 +115,16 @@ def cpu_threads(processes: int) -> int:
 
 @contextmanager
 def explain_out_of_memory(work: str, advice: str) -> Iterator[None]:
-    """Ends the program with one line, which gives the advice, if the memory of the GPU runs out within."""
+    """Ends the program with one line, which gives the advice, if memory runs out within."""
     try:
         yield
-    except torch.OutOfMemoryError as error:
-        raise SystemExit(f"out of GPU memory while {work}: {advice}") from error
+    except (Exception, PolicyError) as error:
+        cause = error  # the end of a capture and a PolicyError may hide the error that they came from
+        while cause and not (isinstance(cause, torch.OutOfMemoryError) or any(w in str(cause) for w in OUT_OF_MEMORY)):
+            cause = cause.__cause__ or cause.__context__
+        if cause is None:
+            raise
+        raise SystemExit(f"out of memory while {work}: {advice}") from error
 
 
 # ---------------------------------------------------------------------------------------------------------- sampling
@@ -154,22 +162,26 @@ def sampling_weights(model: nn.Module, mixed_precision: str) -> Iterator[None]:
     """While this lasts, linear layers hold their weights in the type that mixed precision computes in.
 
     Autocast casts their float32 weights in every forward pass, which costs a decode step more than its own work. Here
-    they are cast once, and the numbers are the same. The copy takes 2 bytes a parameter.  mixed_precision: as
-    Accelerate names it; nothing is done for "no".
+    they are cast once, and the numbers are the same. The copies take 2 bytes a parameter. They stay with the model,
+    because CUDA graphs know their addresses.  mixed_precision: as Accelerate names it; nothing is done for "no".
     """
     dtype = COMPUTE.get(mixed_precision)
     if dtype is None:
         yield
         return
     layers = [layer for layer in model.modules() if isinstance(layer, nn.Linear) and layer.weight.dtype != dtype]
-    kept = [(layer, name, weight) for layer in layers for name, weight in layer.named_parameters(recurse=False)]
+    own = [(layer, name, weight) for layer in layers for name, weight in layer.named_parameters(recurse=False)]
+    kept = getattr(model, "sampling_copies", [])  # in a list they are no parameters of the model
+    if [(copy.dtype, copy.device) for copy in kept] != [(dtype, weight.device) for *_, weight in own]:
+        kept = model.sampling_copies = [nn.Parameter(torch.empty_like(w, dtype=dtype), False) for *_, w in own]
     try:
-        for layer, name, weight in kept:
-            setattr(layer, name, nn.Parameter(weight.detach().to(dtype), requires_grad=False))
+        for (layer, name, weight), copy in zip(own, kept, strict=True):
+            setattr(layer, name, copy)
+            copy.copy_(weight.detach())
         with torch.autocast(model.device.type, dtype):
             yield
     finally:
-        for layer, name, weight in kept:
+        for layer, name, weight in own:
             setattr(layer, name, weight)
 
 

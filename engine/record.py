@@ -110,7 +110,7 @@ class Record:
 
     def __init__(self, config: TrainConfig, accelerator: Accelerator):
         self.config, self.accelerator, self.out = config, accelerator, Path(config.out)
-        self.started, self.seconds, self.warned = time.perf_counter(), {}, False
+        self.started, self.seconds, self.captured, self.warned = time.perf_counter(), {}, 0.0, False
         if accelerator.is_main_process:
             for folder in (self.out / "transcripts", self.out / "episodes", Path(config.cache)):
                 require_writable(folder)
@@ -124,7 +124,8 @@ class Record:
         """One line that says what is going to run, with the flags that depend on the policy, before anything slow."""
         config, device = self.config, self.accelerator.device.type
         threads = f", {torch.get_num_threads()} threads" if device == "cpu" else ""
-        place = f"{device}{threads}, {self.accelerator.num_processes} process(es)"
+        precision = self.accelerator.mixed_precision
+        place = f"{device}{threads}, mixed precision {precision}, {self.accelerator.num_processes} process(es)"
         batch = f"{config.tasks_per_iteration} tasks x {config.group_size} episodes"
         flags = ", ".join(f"{name} {getattr(config, name):g}" for name in POLICIES[config.policy_kind])
         self.say(f"{config.policy}, {parameters / 1e6:.2f}M parameters; {flags}; {place}; {batch}; {config.out}")
@@ -180,9 +181,13 @@ class Record:
         if self.accelerator.is_main_process:
             tqdm.write(line)
 
-    def metrics(self, iteration: int, metrics: dict) -> None:
-        """One line each for metrics and timings. Timings have a file of their own, so that metrics are reproducible."""
+    def metrics(self, iteration: int, metrics: dict, captured: float = 0.0) -> None:
+        """One line each for metrics and timings. Timings have a file of their own, so that metrics are reproducible.
+
+        captured: seconds that capturing CUDA graphs took since the start of the run.
+        """
         self.spent_on("record")
+        self.seconds["capture"], self.captured = captured - self.captured, captured
         self.accelerator.log(metrics, step=iteration)
         if self.accelerator.is_main_process:
             for name, content in (("metrics.jsonl", metrics), ("timings.jsonl", self.seconds)):

@@ -2,21 +2,24 @@
 
 The plain version: `model.generate(ids)` for every turn, with the log-prob and entropy of every token kept.
 
-The file's order: the cache, the buffers of a decode step, the sampler. A turn of the sampler has
+The file's order: the cache, the memory of a decode step, the sampler. A turn of the sampler has
 three parts. `_read` feeds the tokens that the model has not read yet, many at a time. `_draw` samples a token for each
 row from the logits. `_decode`, the decode step, feeds that token and draws the next one.
 
 On a GPU, Python takes longer to launch the kernels of a decode step than the GPU takes to run them. So the decode step
 is captured as a CUDA graph and replayed. A graph repeats the same kernels on the same shapes at the same addresses.
-Therefore the cache and `DecodeBuffers` keep their place in memory. Numbers of rows and columns are rounded up, so that
-few graphs are needed. A CPU runs the same functions on exact shapes.
+Therefore `Memory` keeps its place, and a policy keeps its memory from rollout to rollout: a shape is captured once in a
+run. Numbers of rows and columns are rounded up, so that few graphs are needed. A CPU runs the same functions on exact
+shapes, and each rollout has a memory of its own.
 """
 
 import math
+import time
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
+from torch.distributed.fsdp import FSDPModule
 from transformers import DynamicCache
 from transformers.cache_utils import DynamicLayer
 
@@ -26,6 +29,7 @@ from policy import Policy, PolicyError
 # For each type of device. First and second: the rows and columns of a decode step are rounded up to multiples of these.
 # Third: decode steps between two checks for the end. A check synchronises with the GPU.
 ROUNDING = {"cpu": (1, 1, 1), "cuda": (16, 256, 4)}
+CAPTURED = ("cuda",)  # types of device whose decode steps are captured
 READ_AT_ONCE = 2**15  # tokens of one forward pass, padding included; it bounds the memory
 
 
@@ -92,16 +96,22 @@ class SlotLayer(DynamicLayer):
             buffer[: len(rows), :, :columns] = buffer[rows, :, :columns]
 
 
-# --------------------------------------------------------------------------------------- the buffers of a decode step
+# ---------------------------------------------------------------------------------------- the memory of a decode step
 
 
-class DecodeBuffers:
-    """The tensors that a decode step reads and writes, besides the cache. They are made once, on the device.
+class Memory:
+    """The tensors that a decode step reads and writes, besides the weights, and the graphs that know their addresses.
 
-    rows: of the batch.  tokens: the most of a response.
+    rows: of the batch, at most.  tokens: the most of a response.  weights: the addresses of the weights.
     """
 
-    def __init__(self, rows: int, tokens: int, device: torch.device):
+    def __init__(self, policy: Policy, rows: int, tokens: int, weights: tuple[int, ...] = ()):
+        device, self.tokens, self.weights = policy.model.device, tokens, weights
+        self.cache = DynamicCache(config=policy.model.config)
+        self.cache.layers = [SlotLayer() for _ in self.cache.layers]
+        self.columns = 0  # of the cache
+        self.graphs: dict[tuple, torch.cuda.CUDAGraph] = {}  # of decode steps, by temperature, rows and columns
+        self.stops = torch.tensor(policy.stop_ids, device=device)
         self.count = torch.zeros(1, dtype=torch.long, device=device)  # tokens of each response so far
         self.token = torch.zeros(rows, 1, dtype=torch.long, device=device)  # the last token of each response
         self.length = torch.zeros(rows, 1, dtype=torch.long, device=device)  # tokens that the model has read
@@ -120,6 +130,20 @@ class DecodeBuffers:
         self.open[: len(lengths)] = True
         self.length[: len(lengths), 0] = torch.tensor(lengths, device=self.length.device)
         self.uniform[: len(lengths)] = uniform.to(self.uniform.device)
+
+
+def memory_of(policy: Policy, rows: int, tokens: int) -> Memory:
+    """The memory that the policy keeps, if it is large enough and the weights are where they were. Otherwise a new one.
+
+    A sharded policy keeps none: each rollout gathers its weights at new addresses, and its update needs the room.
+    """
+    if policy.model.device.type not in CAPTURED or isinstance(policy.model, FSDPModule):
+        return Memory(policy, rows, tokens)
+    weights, kept = tuple(weight.data_ptr() for weight in policy.model.parameters()), policy.memory
+    if kept is None or (kept.tokens, kept.weights) != (tokens, weights) or len(kept.ids) < rows:
+        kept = policy.memory = None  # frees the old one before the new one is made
+        policy.memory = Memory(policy, rows, tokens, weights)
+    return policy.memory
 
 
 # --------------------------------------------------------------------------------------------------------- the sampler
@@ -145,17 +169,12 @@ class Sampler:
     ):
         self.policy, self.temperature = policy, temperature
         self.max_step_tokens, self.max_tokens = max_step_tokens, max_tokens
-        self.stops = torch.tensor(policy.stop_ids, device=policy.model.device)
         self.rounding = ROUNDING.get(policy.model.device.type, ROUNDING["cpu"])
         # Eager attention adds the mask to the scores. A boolean one would add 1 for tokens that are seen, 0 for others.
         self.adds_mask = policy.model.config.get_text_config()._attn_implementation == "eager"
-        self.cache = DynamicCache(config=policy.model.config)
-        self.cache.layers = [SlotLayer() for _ in self.cache.layers]
-        self.graphs: dict[tuple[int, int], torch.cuda.CUDAGraph] = {}  # of a decode step, by rows and columns
-        self.state = DecodeBuffers(_round_up(len(prompts), self.rounding[0]), max_step_tokens, policy.model.device)
+        self.memory = memory_of(policy, _round_up(len(prompts), self.rounding[0]), max_step_tokens)
         distinct = list(dict.fromkeys(tuple(ids[:-1]) for ids in prompts))
         self.lengths = [0] * len(distinct)  # tokens that the model has read, of each row
-        self.columns = 0  # of the cache
         self._reserve(max(map(len, distinct)))
         self._read(distinct)
         self.keep([distinct.index(tuple(ids[:-1])) for ids in prompts])
@@ -165,7 +184,7 @@ class Sampler:
         lengths = [self.lengths[row] for row in rows]
         if rows != list(range(len(rows))):
             index = torch.tensor(rows, dtype=torch.long, device=self.policy.model.device)
-            for layer in self.cache.layers:
+            for layer in self.memory.cache.layers:
                 layer.keep(index, max(lengths, default=0))
         self.lengths = lengths
 
@@ -180,16 +199,16 @@ class Sampler:
         longest = max(map(len, histories))
         self._reserve(longest + self.max_step_tokens)
         logits = self._read(pending)
-        self.state.begin_turn(self.lengths, uniform)
+        self.memory.begin_turn(self.lengths, uniform)
         self._draw(logits)
         for number in range(1, self.max_step_tokens):
             unchecked = number % steps_between_checks  # decode steps since the last check
             if unchecked == 0:
-                if not self.state.open.any():
+                if not self.memory.open.any():
                     break
-                longest = int((self.state.length + self.state.open).max())
+                longest = int((self.memory.length + self.memory.open).max())
             self._decode_or_replay(_round_up(len(pending), rows), _round_up(longest + unchecked, columns))
-        sampled = (self.state.ids, self.state.logp, self.state.entropy)
+        sampled = (self.memory.ids, self.memory.logp, self.memory.entropy)
         of_rows = zip(*(column[: len(pending)].tolist() for column in sampled), strict=True)
         responses = [self._response(*row) for row in of_rows]
         self.lengths = [length + len(new.ids) - 1 for length, new in zip(self.lengths, responses, strict=True)]
@@ -197,12 +216,12 @@ class Sampler:
 
     def _reserve(self, columns: int) -> None:
         """Grow the cache by doubling. Captured graphs refer to the old buffers and are discarded."""
-        columns = _round_up(columns, self.rounding[1])
-        if columns >= self.columns:
+        memory, columns = self.memory, _round_up(columns, self.rounding[1])
+        if columns >= memory.columns:
             most = _round_up(self.max_tokens, self.rounding[1]) + 1  # plus one column that padding is written to
-            self.columns, self.graphs = min(2 * columns, most), {}
-            for layer in self.cache.layers:
-                layer.capacity = (len(self.state.ids), self.columns)
+            memory.columns, memory.graphs = min(2 * columns, most), {}
+            for layer in memory.cache.layers:
+                layer.capacity = (len(memory.ids), memory.columns)
 
     def _response(self, ids: list[int], logp: list[float], entropy: list[float]) -> Response:
         """The response of one row: its tokens up to the first stop token."""
@@ -228,31 +247,38 @@ class Sampler:
 
     def _decode_or_replay(self, rows: int, columns: int) -> None:
         """A decode step. On a GPU, the first step of a shape is run and captured, and later ones are replayed."""
-        if self.policy.model.device.type != "cuda":
+        graphs, shape = self.memory.graphs, (self.temperature, rows, columns)
+        if shape in graphs:
+            graphs[shape].replay()
+            return
+        self._decode(rows, columns)
+        if self.policy.model.device.type in CAPTURED:
+            start = time.perf_counter()
+            graphs[shape] = self._capture(rows, columns)
+            self.policy.capture_seconds += time.perf_counter() - start
+
+    def _capture(self, rows: int, columns: int) -> torch.cuda.CUDAGraph:
+        """The decode step as a graph. Capturing runs nothing. All graphs share one pool of memory."""
+        pool = next((graph.pool() for graph in self.memory.graphs.values()), None)
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph, pool=pool, capture_error_mode="thread_local"):
             self._decode(rows, columns)
-        elif (rows, columns) in self.graphs:
-            self.graphs[rows, columns].replay()
-        else:
-            self._decode(rows, columns)
-            pool = next(iter(self.graphs.values())).pool() if self.graphs else None  # all graphs share one memory pool
-            graph = self.graphs[rows, columns] = torch.cuda.CUDAGraph()
-            with torch.cuda.graph(graph, pool=pool, capture_error_mode="thread_local"):
-                self._decode(rows, columns)
+        return graph
 
     def _decode(self, rows: int, columns: int) -> None:
         """Feed the last token of every open response, and draw the next one.
 
         All work is on the device, because a graph cannot repeat what Python decides.
         """
-        state = self.state
-        slots = state.length[:rows].where(state.open[:rows], -1)  # (B, 1)
-        logits = self._forward(state.token[:rows], slots, slice(0, rows), columns)
-        state.length[:rows] += state.open[:rows]
+        memory = self.memory
+        slots = memory.length[:rows].where(memory.open[:rows], -1)  # (B, 1)
+        logits = self._forward(memory.token[:rows], slots, slice(0, rows), columns)
+        memory.length[:rows] += memory.open[:rows]
         self._draw(logits)
 
     def _forward(self, ids: Tensor, slots: Tensor, rows: slice, columns: int) -> Tensor:
         """Feed ids (B, n) of these rows into slots (B, n) of the cache. Returns the logits (B, V) after the last id."""
-        for layer in self.cache.layers:
+        for layer in self.memory.cache.layers:
             layer.rows, layer.slots, layer.columns = rows, slots, columns
         positions = slots.clamp(min=0)
         mask = torch.arange(columns, device=slots.device) <= positions[:, None, :, None]  # (B, 1, n, columns)
@@ -262,7 +288,7 @@ class Sampler:
             input_ids=ids,
             attention_mask=mask,
             position_ids=positions,
-            past_key_values=self.cache,
+            past_key_values=self.memory.cache,
             use_cache=True,
             logits_to_keep=1,
         )
@@ -270,16 +296,16 @@ class Sampler:
 
     def _draw(self, logits: Tensor) -> None:
         """Sample a token of every row from the logits (B, V), and keep it with its log-prob and entropy."""
-        state, rows = self.state, len(logits)
-        uniform = state.uniform[:rows].index_select(1, state.count).squeeze(1)
+        memory, rows = self.memory, len(logits)
+        uniform = memory.uniform[:rows].index_select(1, memory.count).squeeze(1)
         token = sample(logits, uniform, self.temperature)[:, None]
         # At temperature 0, log-prob and entropy are those of temperature 1.
         logp, entropy = token_logp_and_entropy(logits[:, None], token, self.temperature or 1.0)
-        for column, new in ((state.ids, token), (state.logp, logp), (state.entropy, entropy)):
-            column[:rows].index_copy_(1, state.count, new.to(column.dtype))
-        state.token[:rows] = token
-        state.open[:rows] &= (token != self.stops).all(-1, keepdim=True)  # (B, 1) against (stop tokens,)
-        state.count += 1
+        for column, new in ((memory.ids, token), (memory.logp, logp), (memory.entropy, entropy)):
+            column[:rows].index_copy_(1, memory.count, new.to(column.dtype))
+        memory.token[:rows] = token
+        memory.open[:rows] &= (token != memory.stops).all(-1, keepdim=True)  # (B, 1) against (stop tokens,)
+        memory.count += 1
 
 
 def _round_up(number: int, multiple: int) -> int:

@@ -14,6 +14,7 @@ os.environ.setdefault("GOMP_SPINCOUNT", "1000")
 
 import pytest
 import torch
+from accelerate.state import AcceleratorState, PartialState
 from safetensors.torch import load_file
 
 import eval as evaluation
@@ -153,6 +154,16 @@ def evaluate(monkeypatch, capsys):
         return json.loads(capsys.readouterr().out.strip().split("\n")[-1])
 
     return call
+
+
+@pytest.fixture
+def no_precision_yet(monkeypatch):
+    """Accelerate allows one mixed precision and one device in a process, and other tests have theirs."""
+    threads = torch.get_num_threads()
+    for state in (AcceleratorState, PartialState):
+        monkeypatch.setattr(state, "_shared_state", {})
+    yield
+    torch.set_num_threads(threads)
 
 
 # ---------------------------------------------------------------------------------------------------------- helpers

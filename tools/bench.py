@@ -3,7 +3,7 @@
     python -m tools.bench                    everything, a few minutes on two cores; also writes bench.json
     python -m tools.bench --only rollout     one part of rollout, empg, trl, head, worlds
     python -m tools.bench --only sampler     34 million random weights: the sampler against the `generate` loop
-    python -m tools.bench --only gpu         Qwen2.5-1.5B's shape on a GPU: the same, and shares of the machine's limits
+    python -m tools.bench --only gpu         shapes of SmolLM2-135M and Qwen2.5-1.5B on a GPU, four minutes
     python -m tools.bench --only trl         an iteration against TRL's own (pip install -r requirements-trl.txt)
     python -m tools.bench --only worlds --data games    ALFWorld too, on the games in that folder
 
@@ -36,11 +36,10 @@ from envs import ENVIRONMENTS, Env, make_envs
 from episode import Task, collate
 from imitate import first_policy
 from rollout import train_task
+from tools.bench_gpu import LARGE, MIDDLE, measure_gpu
 from tools.bench_rollout import (
-    LARGE,
     SMALL,
     clock,
-    measure_gpu,
     measure_rollout,
     measure_sampler,
     our_rollout,
@@ -261,7 +260,7 @@ def measure(bench: BenchConfig) -> Iterator[dict[str, float]]:
     if bench.only == "gpu":
         if not torch.cuda.is_available():
             raise SystemExit("--only gpu needs a GPU, and torch sees none here")
-        yield from measure_gpu(LARGE, bench.repeats)
+        yield from measure_gpu(MIDDLE, LARGE, bench.repeats)
 
 
 def measure_training(bench: BenchConfig) -> Iterator[dict[str, float]]:

@@ -13,7 +13,6 @@ predictions.
 
 import json
 import statistics
-import tempfile
 from dataclasses import asdict, dataclass, field, replace
 from itertools import product
 from pathlib import Path
@@ -21,7 +20,7 @@ from pathlib import Path
 import numpy as np
 import torch
 from accelerate import Accelerator
-from accelerate.utils import broadcast_object_list, gather_object
+from accelerate.utils import gather_object
 from scipy.optimize import least_squares
 from transformers import Qwen2Config
 
@@ -33,9 +32,9 @@ from envs import make_envs
 from episode import Episode, Task, collate
 from imitate import empty_model
 from rollout import rollout
-from tools.bench_rollout import clock, random_policy, step_advantage
+from tools.bench_rollout import clock, random_learner, step_advantage
 from tools.cost import Shape, shape_of
-from update import Learner, make_learner, update
+from update import Learner, update
 
 # ------------------------------------------------------------------------------------------------------- the formula
 
@@ -128,18 +127,6 @@ def settings(episodes: int) -> TrainConfig:
         max_tokens=2048,
         mini_batches=1,
     )
-
-
-def random_learner(accelerator: Accelerator, name: str) -> Learner:
-    """A model with random weights that is ready to be trained."""
-    with tempfile.TemporaryDirectory() as folder:
-        (shared,) = broadcast_object_list([folder])  # the main process writes the policy, all ranks read it
-        if accelerator.is_main_process:
-            random_policy(MODELS[name]).save(Path(folder))
-        accelerator.wait_for_everyone()
-        learner = make_learner(settings(4), accelerator, shared, shared)
-        accelerator.wait_for_everyone()
-    return learner
 
 
 def measure(accelerator: Accelerator, learner: Learner, name: str, episodes: int, turns: int, repeats: int) -> dict:
@@ -264,7 +251,7 @@ def main() -> None:
         require_writable_file(file)
         accelerator = start_ranks(threads=1)
         for name in MODELS:
-            learner = random_learner(accelerator, name)
+            learner = random_learner(accelerator, settings(4), MODELS[name])
             for episodes, turns in product(EPISODES, TURNS):
                 point = measure(accelerator, learner, name, episodes, turns, scale.repeats)
                 if accelerator.is_main_process:

@@ -61,7 +61,10 @@ def _parameters(module: nn.Module) -> int:
 
 
 def memory(config: TrainConfig, shape: Shape, ranks: int, compute: int) -> dict[str, dict[str, float]]:
-    """Bytes that one of `ranks` processes takes: "always", and in addition while "sampling" and in the "update".
+    """Bytes that one of `ranks` processes takes: "always", and in addition for "sampling" and in the "update".
+
+    On a GPU, what sampling takes stays during the update, because captured graphs know its addresses. With --fsdp it is
+    freed first. `at_most` adds them up.
 
     compute: bytes of a number in matrix products: 4, or 2 in mixed precision. Weights, gradients and the two moments of
     AdamW are in float32. With --fsdp each process keeps its share of them.
@@ -79,6 +82,12 @@ def memory(config: TrainConfig, shape: Shape, ranks: int, compute: int) -> dict[
         },
         "update": {"gradients": own} | _update_memory(config, shape, compute),
     }
+
+
+def at_most(config: TrainConfig, parts: dict[str, dict[str, float]]) -> float:
+    """The largest sum of terms, bytes, that a process takes at a time.  parts: as `memory` returns them."""
+    always, sampling, update = (sum(terms.values()) for terms in parts.values())
+    return always + (max(sampling, update) if config.fsdp else sampling + update)
 
 
 def _update_memory(config: TrainConfig, shape: Shape, compute: int) -> dict[str, float]:
@@ -117,12 +126,12 @@ def dry_run(config: TrainConfig, processes: int, gpu_memory: float = 80, precisi
     lines = [*describe(config, shape, processes, precision), "", "memory of one process, GB"]
     for name, terms in parts.items():
         lines += [f"  {name:10}{term:26}{size / 1e9:8.2f}" for term, size in terms.items() if size]
-    always, sampling, update = (sum(terms.values()) / 1e9 for terms in parts.values())
-    most = always + max(sampling, update)
+    most = at_most(config, parts) / 1e9
     lines += [f"  {'at most':36}{most:8.2f}", ""]
     if most <= (1 - HEADROOM) * gpu_memory:
         return "\n".join([*lines, f"fits {gpu_memory:g} GB"])
     advice = [f"--{flag}" for flag in ("gradient_checkpointing", "fsdp") if not getattr(config, flag)]
+    sampling, update = (sum(parts[name].values()) for name in ("sampling", "update"))
     advice.append("a smaller --batch_size" if sampling > update else "a smaller --micro_batch_tokens")
     lines.append(f"does not fit {gpu_memory:g} GB with a tenth left free; try {', '.join(advice)}, or more processes")
     raise SystemExit("\n".join(lines))

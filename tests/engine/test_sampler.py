@@ -6,22 +6,25 @@ tested on the CPU. Capture and replay need a GPU.
 
 import copy
 import math
+from functools import partial
 
 import numpy as np
 import pytest
 import torch
 from scipy import stats
 from torch import tensor
+from torch.nn import functional as F
 from transformers import AutoModelForCausalLM, LlamaConfig, Qwen2Config, Qwen3Config
 
 from engine import sampler
 from engine.ranks import sampling_weights
-from engine.sampler import Sampler, SlotLayer, sample
+from engine.sampler import Memory, Sampler, SlotLayer, sample
 from envs import make_envs
 from episode import Episode, Task
 from policy import Policy
 from rollout import rollout
 
+DECODE = Sampler._decode
 JUST_BELOW_1 = math.nextafter(1.0, 0.0)
 STATIC = (4, 8, 3)  # rows and columns are rounded up to these, and every third decode step checks for the end
 SIZES = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2, "num_attention_heads": 4}
@@ -118,29 +121,112 @@ def test_rounded_shapes_and_rare_checks_change_nothing(config, house_policy, mon
     assert {columns % STATIC[1] for _, columns in shapes} == {0}
 
 
-def test_a_decode_step_stays_in_its_place_in_memory_and_needs_nothing_of_the_host(house_policy, monkeypatch):
-    """A CUDA graph repeats its kernels at the same addresses, without what Python decides between them."""
-    expected = play(house_policy, steps=7)
-    monkeypatch.setitem(sampler.ROUNDING, "cpu", (4, 64, 3))
-    decode, steps, captured = Sampler._decode, [], []
+class CpuGraph:
+    """In place of a CUDA graph: repeats a decode step if all tensors are where they were when it was captured."""
 
-    def watched(self, rows, columns):
-        hidden = {name: self.__dict__.pop(name) for name in ("lengths", "columns", "rounding")}
-        decode(self, rows, columns)
+    def __init__(self, by: Sampler, *shape: int):
+        self.step, self.memory, self.weights = partial(DECODE, by, *shape), by.memory, by.policy.model.parameters
+        self.captured = self.addresses()
+
+    def addresses(self) -> list[int]:
+        tensors = [part for part in vars(self.memory).values() if isinstance(part, torch.Tensor)]
+        tensors += [buffer for layer in self.memory.cache.layers for buffer in layer.buffers] + [*self.weights()]
+        return [part.data_ptr() for part in tensors]
+
+    def replay(self) -> None:
+        assert self.addresses() == self.captured
+        self.step()
+
+
+@pytest.fixture
+def captures(monkeypatch) -> list[tuple]:
+    """Decode steps are captured on a CPU, too: temperature, rows and columns of each capture."""
+    captured = []
+
+    def capture(self, rows: int, columns: int) -> CpuGraph:
+        captured.append((self.temperature, rows, columns))
+        return CpuGraph(self, rows, columns)
+
+    def without_the_host(self, rows: int, columns: int) -> None:
+        hidden = {name: self.__dict__.pop(name) for name in ("lengths", "rounding")}
+        DECODE(self, rows, columns)
         self.__dict__ |= hidden
-        assert not self.state.open[len(self.lengths) :].any()  # an open padding row would never end
-        tensors = [*vars(self.state).values(), *(buffer for layer in self.cache.layers for buffer in layer.buffers)]
-        addresses = tuple(part.data_ptr() for part in tensors)
-        steps.append(addresses)
-        if (rows, columns) not in self.graphs:
-            self.graphs[rows, columns] = addresses  # in place of a graph that was captured now
-            captured.append(addresses)
-        assert self.graphs[rows, columns] == addresses
+        assert not self.memory.open[len(self.lengths) :].any()  # an open padding row would never end
 
-    monkeypatch.setattr(Sampler, "_decode", watched)
-    assert_same(play(house_policy, steps=7), expected)
-    assert len(set(captured)) > 1  # the cache grew
-    assert len(steps) > 2 * len(captured)  # graphs are used again
+    monkeypatch.setattr(Sampler, "_decode", without_the_host)
+    monkeypatch.setattr(Sampler, "_capture", capture)
+    monkeypatch.setattr(sampler, "CAPTURED", ("cpu",))
+    monkeypatch.setitem(sampler.ROUNDING, "cpu", (4, 64, 3))
+    return captured
+
+
+@pytest.mark.parametrize("precision", ["no", "bf16"])
+def test_a_shape_is_captured_once_in_a_run_and_replays_play_the_same_episodes(precision, house_policy, captures):
+    """Cache, buffers and cast weights were new for each rollout, so that each iteration captured every shape again."""
+    policy = Policy(copy.deepcopy(house_policy.model), house_policy.tokenizer)
+
+    def rollouts() -> list[list[Episode]]:
+        """Two with an update between them, and an evaluation of fewer episodes. The cache grows."""
+        played = []
+        for number, scale in ((5, 1.0), (5, 1.01), (2, 1.0)):
+            with torch.no_grad():
+                policy.model.lm_head.weight.mul_(scale)
+            with sampling_weights(policy.model, precision):
+                played.append(play(policy, number, steps=5))
+        with torch.no_grad():
+            policy.model.lm_head.weight.copy_(house_policy.model.lm_head.weight)
+        return played
+
+    kept = rollouts()
+    first = len(captures)
+    assert first > len(set(captures)) > 1  # the cache grew, and graphs that know the old one were discarded
+    assert [len(policy.memory.cache.layers), policy.capture_seconds > 0] == [2, True]
+    again = rollouts()
+    assert len(captures) == first
+    assert again == kept
+    policy.memory = None
+    sampler.CAPTURED = ()
+    for one, other in zip(rollouts(), kept, strict=True):
+        assert_same(one, other)
+    assert len(captures) == first
+    assert policy.memory is None  # on a CPU the update has room
+
+
+def test_another_temperature_response_length_or_place_of_the_weights_is_captured_again(house_policy, captures):
+    policy, prompt = Policy(copy.deepcopy(house_policy.model), house_policy.tokenizer), [[5, 6, 7]]
+
+    @torch.inference_mode()
+    def respond(temperature: float = 1.0, tokens: int = 4, rows: int = 1) -> Memory:
+        by = Sampler(policy, prompt * rows, temperature, tokens, 100)
+        by.respond(prompt * rows, torch.full((rows, tokens), 0.5, dtype=torch.float64))
+        return by.memory
+
+    first = respond()
+    assert (respond(), len(captures)) == (first, 1)
+    assert (respond(temperature=0.5), len(captures)) == (first, 2)
+    assert (respond(), len(captures)) == (first, 2)
+    longer = respond(tokens=5)
+    assert longer is not first
+    wider = respond(tokens=5, rows=5)
+    assert wider is not longer
+    assert respond(tokens=5) is wider
+    policy.model.model.norm.weight = torch.nn.Parameter(policy.model.model.norm.weight.clone())
+    assert respond(tokens=5) is not wider
+
+
+def test_a_decode_step_reads_the_keys_of_a_group_of_queries_once(house_policy, monkeypatch):
+    """transformers sees the queries of a group as rows of one head. If it repeated the keys, a step would read more."""
+    policy, shapes, attention = random_policy(Qwen2Config, house_policy), set(), F.scaled_dot_product_attention
+
+    def watched(query, key, value, **options):
+        if query.shape[1:3] != (4, key.shape[2]):  # not a prompt
+            shapes.add((query.shape[1:], key.shape[1]))
+        return attention(query, key, value, **options)
+
+    monkeypatch.setattr(F, "scaled_dot_product_attention", watched)
+    play(policy)
+    assert ((2, 2, 8), 2) in shapes  # two heads of keys, each with two queries of size 8
+    assert not [shape for shape, _ in shapes if shape[1] == 1]
 
 
 def test_reading_in_parts_changes_nothing(house_policy, monkeypatch):
@@ -151,18 +237,23 @@ def test_reading_in_parts_changes_nothing(house_policy, monkeypatch):
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
 @pytest.mark.parametrize("config", [None, Qwen2Config, LlamaConfig, Qwen3Config])
-def test_a_gpu_plays_the_same_episodes_as_a_cpu(config, house_policy, monkeypatch):
+def test_a_gpu_plays_the_same_episodes_as_a_cpu(config, house_policy):
+    """Twice: the second time all graphs are there, and other weights are in their place."""
     policy = random_policy(config, house_policy) if config else house_policy
-    graphs, decode_or_replay = set(), Sampler._decode_or_replay
-
-    def watched(self, rows, columns):
-        decode_or_replay(self, rows, columns)
-        graphs.update(self.graphs)
-
-    monkeypatch.setattr(Sampler, "_decode_or_replay", watched)
     on_gpu = Policy(copy.deepcopy(policy.model).cuda(), policy.tokenizer)
-    assert_same(play(on_gpu, number=20), play(policy, number=20), atol=1e-3)
+    with torch.no_grad():
+        on_gpu.model.lm_head.weight.mul_(0.9)
+    play(on_gpu, number=20)
+    graphs, seconds = dict(on_gpu.memory.graphs), on_gpu.capture_seconds
     assert graphs
+    with torch.no_grad():
+        on_gpu.model.lm_head.weight.copy_(policy.model.lm_head.weight)
+    expected = play(policy, number=20)
+    assert_same(play(on_gpu, number=20), expected, atol=1e-3)
+    seen, seconds = on_gpu.memory.graphs, on_gpu.capture_seconds
+    assert_same(play(on_gpu, number=20), expected, atol=1e-3)
+    assert (on_gpu.memory.graphs, on_gpu.capture_seconds) == (seen, seconds)
+    assert graphs.items() <= seen.items()
 
 
 # -------------------------------------------------------------------------------------------- weights for sampling

@@ -131,13 +131,6 @@ def test_an_error_in_a_model_is_one_line(monkeypatch):
             require_exact_sampling(policy, MAX_TOKENS)
 
 
-def test_memory_that_runs_out_is_not_taken_for_a_fault(monkeypatch):
-    policy = llama_like()
-    monkeypatch.setattr(policy.model, "forward", lambda **inputs: (_ for _ in ()).throw(torch.OutOfMemoryError()))
-    with pytest.raises(torch.OutOfMemoryError):
-        require_exact_sampling(policy, MAX_TOKENS)
-
-
 def test_the_check_draws_no_random_number():
     policy = llama_like()
     state = torch.random.get_rng_state()

@@ -1,14 +1,15 @@
 """The benchmark of the GPU runs, with a tiny model on a CPU: every figure is there and is a positive number."""
 
 import math
+from dataclasses import replace
 from functools import partial
 
 import pytest
 import torch
-from accelerate.state import AcceleratorState
 
-from tools import bench_rollout
-from tools.bench_rollout import Load, measure_gpu
+from tools import bench_gpu
+from tools.bench_gpu import PARTS, measure_gpu
+from tools.bench_rollout import Load
 
 SHAPE = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2, "num_attention_heads": 4}
 TINY = Load(
@@ -22,22 +23,21 @@ TINY = Load(
 )
 
 
-@pytest.fixture
-def no_precision_yet(monkeypatch):
-    """Accelerate allows one mixed precision in a process, and other tests have theirs."""
-    threads = torch.get_num_threads()
-    monkeypatch.setattr(AcceleratorState, "_shared_state", {})
-    yield
-    torch.set_num_threads(threads)
-
-
 @pytest.mark.usefixtures("no_precision_yet")
 def test_every_figure_of_the_gpu_is_measured(monkeypatch):
-    copied = partial(bench_rollout.copy_bandwidth, size=2**20)  # a GB takes longer than all the rest
-    monkeypatch.setattr(bench_rollout, "copy_bandwidth", copied)
-    result = {name: value for figures in measure_gpu(TINY, repeats=1) for name, value in figures.items()}
+    copied = partial(bench_gpu.copy_bandwidth, size=2**20)  # a GB takes longer than all the rest
+    monkeypatch.setattr(bench_gpu, "copy_bandwidth", copied)
+    figures = list(measure_gpu(TINY, replace(TINY, episodes=8), repeats=1))
+    result = {name: value for part in figures for name, value in part.items()}
     assert result["turns an episode"] == 2
-    assert all(math.isfinite(value) and value > 0 for value in result.values())
+    assert all(math.isfinite(value) for value in result.values())
+    assert {name[-7:] for name, value in result.items() if value <= 0} == {"capture"}  # a CPU captures no graphs
     shares = [value for name, value in result.items() if "share" in name]
     assert len(shares) == 2
     assert max(shares) < 1
+    for piece in ("update, seconds of", "decode step, ms of"):
+        parts = [name.removeprefix(piece).strip() for name in result if name.startswith(piece)]
+        assert {"attention", "casts", "matrix products", "the rest"} <= {*parts} <= {*PARTS, "the rest"}
+    assert {"update, seconds of optimizer", "update, seconds of head and its recomputation"} <= {*result}
+    loop = [part for part in figures if "sampler over generate loop" in part]
+    assert len(loop) == 2  # a figure after each turn

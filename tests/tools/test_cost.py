@@ -127,6 +127,13 @@ def test_processes_share_weights_with_fsdp_and_tasks_always():
     assert cost.memory(replace(plain, kl_coef=0.0), shape, 1, 2)["always"]["reference"] == 0
 
 
+def test_what_sampling_takes_stays_during_the_update_unless_weights_are_sharded():
+    """Graphs, cache and cast weights were made anew in each iteration; the formula took the larger of the two."""
+    parts = {"always": {"weights": 1.0, "AdamW": 2.0}, "sampling": {"KV cache": 10.0}, "update": {"gradients": 5.0}}
+    assert cost.at_most(TrainConfig(), parts) == 18
+    assert cost.at_most(TrainConfig(fsdp=True), parts) == 13
+
+
 def test_arithmetic_of_an_update_is_what_pytorch_counts():
     """FLOP of forward and backward passes by PyTorch's own counter, on a model whose attention is small."""
     config = model_config(Qwen2Config, 128, 384, 3, 4, 2, 512, True)
