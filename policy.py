@@ -49,14 +49,12 @@ class PolicyError(SystemExit):
 
 @contextmanager
 def refused(what: str) -> Iterator[None]:
-    """Raises PolicyError, in one line, for any error within but a GPU's memory that ran out.
+    """Raises PolicyError, in one line, for any error within.
 
     A cut file, a broken template, an architecture that is like no other: each library has its own class.
     """
     try:
         yield
-    except torch.OutOfMemoryError:
-        raise
     except Exception as error:
         raise PolicyError(f"{what}: {(str(error).strip() or type(error).__name__).splitlines()[0]}") from error
 
