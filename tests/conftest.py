@@ -181,7 +181,7 @@ def launch(*arguments: str, **variables: str) -> subprocess.CompletedProcess:
     return subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=300, check=False)
 
 
-def until(condition: Callable[[], bool], seconds: float = 90) -> None:
+def until(condition: Callable[[], bool], seconds: float = 300) -> None:
     """Wait for the condition."""
     start = time.monotonic()
     while not condition():

@@ -109,7 +109,7 @@ def test_a_run_whose_terminal_is_closed_saves(whole, cache, tmp_path):
         os.close(reader)
         until(lambda: len(rows(tmp_path / "run")) > 2 or process.poll() is not None)
         process.send_signal(signal.SIGHUP)
-        assert process.wait(60) == 1
+        assert process.wait(300) == 1
     finally:
         process.kill()
     (saved,) = checkpoints(tmp_path / "run")
