@@ -258,11 +258,17 @@ class Sampler:
             self.policy.capture_seconds += time.perf_counter() - start
 
     def _capture(self, rows: int, columns: int) -> torch.cuda.CUDAGraph:
-        """The decode step as a graph. Capturing runs nothing. All graphs share one pool of memory."""
+        """The decode step as a graph. Capturing runs nothing. All graphs share one pool of memory.
+
+        Autocast keeps what it casts until the rollout ends. The graph must not use such a copy, because it outlives it.
+        And nobody may use a copy that was made while capturing, because its numbers are not there yet.
+        """
         pool = next((graph.pool() for graph in self.memory.graphs.values()), None)
         graph = torch.cuda.CUDAGraph()
+        torch.clear_autocast_cache()
         with torch.cuda.graph(graph, pool=pool, capture_error_mode="thread_local"):
             self._decode(rows, columns)
+        torch.clear_autocast_cache()
         return graph
 
     def _decode(self, rows: int, columns: int) -> None:
