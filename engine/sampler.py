@@ -215,11 +215,12 @@ class Sampler:
         return responses
 
     def _reserve(self, columns: int) -> None:
-        """Grow the cache by doubling. Captured graphs refer to the old buffers and are discarded."""
+        """Grow the cache: by doubling, or to its end at once if graphs are captured, because growing discards them."""
         memory, columns = self.memory, _round_up(columns, self.rounding[1])
         if columns >= memory.columns:
             most = _round_up(self.max_tokens, self.rounding[1]) + 1  # plus one column that padding is written to
-            memory.columns, memory.graphs = min(2 * columns, most), {}
+            captured = self.policy.model.device.type in CAPTURED
+            memory.columns, memory.graphs = most if captured else min(2 * columns, most), {}
             for layer in memory.cache.layers:
                 layer.capacity = (len(memory.ids), memory.columns)
 
