@@ -215,11 +215,12 @@ class Sampler:
         return responses
 
     def _reserve(self, columns: int) -> None:
-        """Grow the cache by doubling. Captured graphs refer to the old buffers and are discarded."""
+        """Grow the cache: by doubling, or to its end at once if graphs are captured, because growing discards them."""
         memory, columns = self.memory, _round_up(columns, self.rounding[1])
         if columns >= memory.columns:
             most = _round_up(self.max_tokens, self.rounding[1]) + 1  # plus one column that padding is written to
-            memory.columns, memory.graphs = min(2 * columns, most), {}
+            captured = self.policy.model.device.type in CAPTURED
+            memory.columns, memory.graphs = most if captured else min(2 * columns, most), {}
             for layer in memory.cache.layers:
                 layer.capacity = (len(memory.ids), memory.columns)
 
@@ -258,11 +259,17 @@ class Sampler:
             self.policy.capture_seconds += time.perf_counter() - start
 
     def _capture(self, rows: int, columns: int) -> torch.cuda.CUDAGraph:
-        """The decode step as a graph. Capturing runs nothing. All graphs share one pool of memory."""
+        """The decode step as a graph. Capturing runs nothing. All graphs share one pool of memory.
+
+        Autocast keeps what it casts until the rollout ends. The graph must not use such a copy, because it outlives it.
+        And nobody may use a copy that was made while capturing, because its numbers are not there yet.
+        """
         pool = next((graph.pool() for graph in self.memory.graphs.values()), None)
         graph = torch.cuda.CUDAGraph()
+        torch.clear_autocast_cache()
         with torch.cuda.graph(graph, pool=pool, capture_error_mode="thread_local"):
             self._decode(rows, columns)
+        torch.clear_autocast_cache()
         return graph
 
     def _decode(self, rows: int, columns: int) -> None:

@@ -34,7 +34,6 @@ def test_every_figure_of_the_gpu_is_measured(monkeypatch):
     assert {name[-7:] for name, value in result.items() if value <= 0} == {"capture"}  # a CPU captures no graphs
     shares = [value for name, value in result.items() if "share" in name]
     assert len(shares) == 2
-    assert max(shares) < 1
     for piece in ("update, seconds of", "decode step, ms of"):
         parts = [name.removeprefix(piece).strip() for name in result if name.startswith(piece)]
         assert {"attention", "casts", "matrix products", "the rest"} <= {*parts} <= {*PARTS, "the rest"}
