@@ -60,40 +60,34 @@ def _forward(kind: type):
 
 
 def _require_plain_head(model: nn.Module, head: nn.Module) -> None:
+    """Raises PolicyError unless the logits are a linear layer of the last hidden state. The weights are not needed.
+
+    The body is replaced by a function that returns fixed numbers, and the head by one that returns what it gets.
+    """
     if type(head) is not nn.Linear or head.bias is not None:
         raise PolicyError("the update cannot use this model: its lm_head is not a linear layer without bias")
-    ids = torch.arange(1, 9, device=head.weight.device)[None]
-    # Llama 4's base model is the model itself, and returns no hidden state.
-    with refused("the update cannot use this model"), torch.no_grad():
-        if head.weight.is_meta:  # the dry run; sharded loading, where the main process has the weights
-            plain = model.base_model is not model and _keeps_hidden_states(model, head)
-        else:
-            plain = torch.equal(model(input_ids=ids).logits, head(model.base_model(input_ids=ids).last_hidden_state))
+    device = "cpu" if head.weight.is_meta else head.weight.device
+    hidden, ids = torch.linspace(1, 2, head.in_features, device=device)[None, None], torch.tensor([[1]], device=device)
+    bodies = {model.base_model, model.get_decoder()}
+    for body in bodies:
+        body.forward = lambda *_, **__: _FixedOutput([hidden])
+    head.forward = lambda hidden: hidden
+    try:
+        with refused("the update cannot use this model"), torch.no_grad():
+            # Llama 4's base model is the model itself, and returns no hidden state.
+            plain = model.base_model is not model and torch.equal(model(input_ids=ids).logits, hidden)
+    finally:
+        for part in (head, *bodies):
+            del part.forward
     if not plain:
         raise PolicyError("the update cannot use this model: its logits are not lm_head of the last hidden state")
 
 
 class _FixedOutput(tuple):
-    """What a body returns in the test of a model without weights: hidden states, and None under any other name."""
+    """The output of a body: hidden states, and None under any other name."""
 
     def __getattr__(self, name: str) -> Tensor | None:
         return self[0] if name == "last_hidden_state" else None
-
-
-def _keeps_hidden_states(model: nn.Module, head: nn.Module) -> bool:
-    """Whether nothing but the head comes between the last hidden state and the logits; the weights are not needed.
-
-    The body is replaced by a function that returns fixed numbers, and the head by one that returns what it gets.
-    """
-    output, parts = _FixedOutput([torch.ones(1, 1, head.in_features)]), {model.base_model, model.get_decoder()}
-    for part in parts:
-        part.forward = lambda *_, **__: output
-    head.forward = lambda hidden: hidden
-    try:
-        return torch.equal(model(input_ids=torch.ones(1, 1, dtype=torch.long)).logits, output[0])
-    finally:
-        for part in {head, *parts}:
-            del part.forward
 
 
 class ScoringHead(nn.Linear):

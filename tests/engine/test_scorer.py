@@ -13,6 +13,7 @@ from transformers import AutoModelForCausalLM
 from empg import token_logp_and_entropy
 from engine import scorer
 from engine.scorer import ScoringHead, make_scorable
+from imitate import empty_model
 from policy import PolicyError
 
 SMALL = {
@@ -185,6 +186,7 @@ def test_a_copy_and_a_saved_model_are_models_of_their_own(tmp_path):
     ("kind", "changes", "message"),
     [
         ("Gemma2", {}, "logits are not lm_head"),  # a cap
+        ("MiniCPM3", {}, "logits are not lm_head"),  # a scale of what the head gets
         ("Cohere", {}, "logits are not lm_head"),  # a scale
         ("Granite", {"logits_scaling": 8.0}, "logits are not lm_head"),
         ("Phi", {}, "not a linear layer without bias"),
@@ -193,3 +195,5 @@ def test_a_copy_and_a_saved_model_are_models_of_their_own(tmp_path):
 def test_a_model_that_computes_its_logits_in_another_way_is_refused(kind, changes, message):
     with pytest.raises(PolicyError, match=message):
         make_scorable(small(kind, **changes))
+    with pytest.raises(PolicyError, match=message):  # as the dry run makes it
+        make_scorable(empty_model(small(kind, **changes).config))
