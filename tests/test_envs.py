@@ -4,8 +4,8 @@ The contract runs in each split of each world in ENVIRONMENTS. A new world needs
 """
 
 import doctest
-import functools
 import hashlib
+import json
 import os
 import random
 import re
@@ -107,24 +107,29 @@ def test_same_seed_same_transcript_whatever_was_played_before(place, build, play
         assert transcript(env, split, seed, careless_player(0.5)) == expected
 
 
-@functools.cache
-def digests_elsewhere(name: str, *settings: str) -> dict[str, str]:
-    """Split -> digest of two transcripts, of a process that hashes strings differently."""
+@pytest.fixture(scope="module")
+def elsewhere():
+    """elsewhere(name, split, *settings) is the digest of two transcripts by a process that hashes strings differently."""
     code = """from test_envs import *
-(env,) = make_envs(sys.argv[1], sys.argv[2:], 1)
-for split in ENVIRONMENTS[sys.argv[1]].splits:
-    print(split, digest([transcript(env, split, seed, careless_player(0.5)) for seed in range(2)]))"""
+for line in sys.stdin:
+    name, split, *settings = json.loads(line)
+    (env,) = make_envs(name, settings, 1)
+    print(digest([transcript(env, split, seed, careless_player(0.5)) for seed in range(2)]), flush=True)"""
     folders = os.pathsep.join(str(Path(file).parent) for file in (__file__, envs.__file__))
     environ = os.environ | {"PYTHONPATH": folders, "PYTHONHASHSEED": "1"}
-    command = [sys.executable, "-c", code, name, *settings]
-    printed = subprocess.run(command, env=environ, capture_output=True, text=True, check=True).stdout
-    return dict(line.split() for line in printed.splitlines())
+    pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "text": True, "bufsize": 1}
+    with subprocess.Popen([sys.executable, "-c", code], env=environ, **pipes) as process:
+
+        def call(*wanted: str) -> str:
+            print(json.dumps(wanted), file=process.stdin)
+            return process.stdout.readline().strip()
+
+        yield call
 
 
-def test_another_process_plays_the_same_episodes(place, needed, played):
+def test_another_process_plays_the_same_episodes(place, needed, played, elsewhere):
     """Python's hash() of a string and the order of a set differ between processes. Tasks must not depend on them."""
-    name, split = place
-    assert digests_elsewhere(name, *needed)[split] == digest(played["careless"][:2])
+    assert elsewhere(*place, *needed) == digest(played["careless"][:2])
 
 
 def test_tasks_of_a_split_differ(played):
