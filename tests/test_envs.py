@@ -109,7 +109,7 @@ def test_same_seed_same_transcript_whatever_was_played_before(place, build, play
 
 @pytest.fixture(scope="module")
 def elsewhere():
-    """elsewhere(name, split, *settings) is the digest of two transcripts by a process that hashes strings differently."""
+    """elsewhere(name, split, *settings) is the digest of two transcripts by a process with other string hashes."""
     code = """from test_envs import *
 for line in sys.stdin:
     name, split, *settings = json.loads(line)
