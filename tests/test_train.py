@@ -295,7 +295,7 @@ def test_demonstrations_are_played_once(run, begun, monkeypatch, cache):
 def test_a_run_learns_what_the_reward_asks_for(run):
     # Four times the demonstrations: after SMALL's the policy of some seeds has not found out what the toss says.
     flags = {"demonstrations": 960, "tasks_per_iteration": 8, "learning_rate": 2e-3, "eval_tasks": 256}
-    out = run(iterations=8, eval_every=8, **flags)
+    out = run(iterations=16, eval_every=16, **flags)
     result = json.loads((out / "result.json").read_text())
     assert result["after"]["success_low"] > result["before"]["success_high"]  # 95 % intervals of 256 tosses
 
