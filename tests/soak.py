@@ -20,6 +20,7 @@ import signal
 import socket
 import sys
 import tempfile
+import threading
 import time
 import traceback
 from collections.abc import Callable
@@ -30,6 +31,7 @@ from accelerate.state import AcceleratorState
 from safetensors.torch import load_file
 from torch.distributed.checkpoint.format_utils import dcp_to_torch_save
 from torch.utils._pytree import tree_leaves
+from tqdm import tqdm
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
 import train
@@ -65,6 +67,7 @@ def _rank(flags: list[str], rank: int, ranks: int, port: int, log: Path, main: C
         os.dup2(file, 2)
         sys.stdout = sys.stderr = os.fdopen(file, "w", buffering=1)  # pytest's are other ones
         AcceleratorState._reset_state(reset_partial_state=True)  # of the parent, which may have run alone
+        tqdm.set_lock(threading.RLock())  # tqdm's own is shared by all forks; one that was killed may still hold it
         if ranks > 1:
             names = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": ranks, "LOCAL_WORLD_SIZE": ranks}
             names |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
