@@ -3,7 +3,6 @@
 import json
 import os
 import shutil
-import subprocess
 import sys
 import time
 from collections.abc import Callable
@@ -172,13 +171,6 @@ def no_precision_yet(monkeypatch):
 def flags_of(settings: dict) -> list[str]:
     """The settings as flags of a command."""
     return [text for name, value in settings.items() for text in (f"--{name}", str(value))]
-
-
-def launch(*arguments: str, **variables: str) -> subprocess.CompletedProcess:
-    """A Python module with its arguments, in a process of its own, from the project's root."""
-    environment = os.environ | {"TQDM_DISABLE": "1", "OMP_NUM_THREADS": "1"} | variables
-    command = [sys.executable, "-m", *arguments]
-    return subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=300, check=False)
 
 
 def until(condition: Callable[[], bool], seconds: float = 300) -> None:

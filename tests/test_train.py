@@ -68,7 +68,7 @@ def test_four_iterations_are_two_and_resume_and_two(run, capsys):
 
     A run that was killed between two checkpoints repeats iterations; the record must not hold them twice.
     """
-    flags = {"algorithm": "dapo", "epochs": 2, "mini_batches": 2}
+    flags = {"algorithm": "dapo", "epochs": 2, "mini_batches": 2, "tasks_per_iteration": 2}
     whole = run("whole", iterations=4, **flags)
     parts = run("parts", iterations=2, **flags)
     with (parts / "metrics.jsonl").open("a") as file:
@@ -85,7 +85,7 @@ def test_four_iterations_are_two_and_resume_and_two(run, capsys):
 def test_the_command_of_the_readme_runs_on_the_house(tmp_path, monkeypatch, capfd):
     """The launcher is in this process, and it starts another one that trains."""
     flags = {"iterations": 1, "tasks_per_iteration": 2, "env_args": "max_steps=3", "threads": 1}
-    flags |= {"demonstrations": 40, "eval_tasks": 4, "cache": tmp_path}
+    flags |= {"demonstrations": 40, "eval_tasks": 4, "group_size": 2, "cache": tmp_path}
     monkeypatch.setattr(sys, "argv", ["launch", "train.py", *flags_of(flags | {"out": tmp_path / "run"})])
     monkeypatch.chdir(ROOT)
     monkeypatch.setenv("TQDM_DISABLE", "1")

@@ -260,7 +260,7 @@ def test_a_damaged_checkpoint_is_named_and_skipped(run, whole, capsys):
 
 def test_the_best_policy_is_kept_with_its_evaluation(run, evaluate):
     """Steps so large that the policy gets worse: the last is not the best."""
-    out = run(iterations=4, eval_every=1, checkpoint_every=1, learning_rate=0.02)
+    out = run(iterations=2, eval_every=1, checkpoint_every=1, learning_rate=0.02)
     trained = rows(out)[1:]
     best = max(trained, key=lambda row: row["eval/success"])  # the first of equals
     assert best is not trained[-1]
