@@ -169,10 +169,16 @@ def test_a_row_of_metrics_that_are_not_of_its_run_alone_is_refused(coin, monkeyp
 def test_ctrl_c_ends_a_study_and_the_rows_that_are_finished_are_there(monkeypatch, tmp_path):
     """It trained every other run to its end, and recorded none."""
 
+    def ignores_ctrl_c(process: int) -> bool:
+        mask = re.search(r"SigIgn:\s*(\w+)", Path(f"/proc/{process}/status").read_text())[1]
+        return bool(int(mask, 16) >> signal.SIGINT - 1 & 1)
+
     def run_row(world, method, seed, out):
         with (tmp_path / "began").open("a") as file:
             print(seed, os.getpid(), os.getpgrp(), signal.getsignal(signal.SIGINT) == signal.SIG_IGN, file=file)
         if seed:
+            while ignores_ctrl_c(os.getppid()):  # the study ignores Ctrl-C while it starts a run
+                time.sleep(0.01)
             os.kill(os.getppid(), signal.SIGINT)
             time.sleep(600)
         return {"world": world, "method": method, "seed": seed, "machine": study.machine()}
@@ -181,8 +187,12 @@ def test_ctrl_c_ends_a_study_and_the_rows_that_are_finished_are_there(monkeypatc
     monkeypatch.setattr(study.multiprocessing, "get_context", lambda kind: fork)
     monkeypatch.setattr(study, "run_row", run_row)
     config = study.StudyConfig(world="house", results=str(tmp_path / "rows"), out=str(tmp_path / "out"), jobs=1)
-    with pytest.raises(SystemExit, match=r"^stopped; 2 of 3 rows are missing, the same command makes them$"):
-        study.make_rows(config, [("grpo", seed) for seed in range(3)], tqdm(disable=True))
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell's background ignores Ctrl-C
+    try:
+        with pytest.raises(SystemExit, match=r"^stopped; 2 of 3 rows are missing, the same command makes them$"):
+            study.make_rows(config, [("grpo", seed) for seed in range(3)], tqdm(disable=True))
+    finally:
+        signal.signal(signal.SIGINT, before)
     assert [row["seed"] for row in read_file(config.file)] == [0]
     seeds, processes, groups, ignored = zip(*map(str.split, (tmp_path / "began").read_text().splitlines()), strict=True)
     assert seeds == ("0", "1")
