@@ -43,13 +43,21 @@ def start_script() -> None:
     """Guard the terminal's streams, let Ctrl-C end in one line, and let OpenMP's threads sleep soon."""
     # A stream that the caller closed is None. Its number is given to the next file that is opened, which must not be a
     # file of the run: libraries write to number 2.
-    null = os.devnull
-    sys.stdin = sys.stdin or open(null)  # noqa: SIM115
-    sys.stdout, sys.stderr = Words(sys.stdout or open(null, "w")), Words(sys.stderr or open(null, "w"))  # noqa: SIM115
+    sys.stdin = sys.stdin or open(os.devnull, encoding="utf-8")  # noqa: SIM115
+    null = open(os.devnull, "w", encoding="utf-8") if None in (sys.stdout, sys.stderr) else None  # noqa: SIM115
+    sys.stdout, sys.stderr = _guarded(sys.stdout or null), _guarded(sys.stderr or null)
     sys.excepthook = _explain
     # OpenMP's threads spin while they wait, and take the cores from other programs. Here they sleep soon, unless the
     # user says otherwise. torch reads this when it is imported. Measured in docs/scaling.md.
     os.environ.setdefault("GOMP_SPINCOUNT", "1000")
+
+
+def _guarded(stream: TextIO) -> TextIO | Words:
+    try:
+        stream.fileno()
+    except OSError:  # a notebook's stream is no file
+        return stream
+    return Words(stream)
 
 
 def _explain(kind: type[BaseException], error: BaseException, trace) -> None:

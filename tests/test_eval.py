@@ -211,6 +211,7 @@ def test_the_oracle_by_the_command_line(tmp_path, monkeypatch, capsys):
     """The file as a user starts it, without a network."""
     flags = ["--policy", "oracle", "--tasks", "20", "--json", str(tmp_path / "r"), "--episodes", str(tmp_path / "e")]
     monkeypatch.setattr(sys, "argv", ["eval.py", *flags, "--threads", "1"])
+    monkeypatch.setattr(sys, "excepthook", sys.excepthook)  # which the script replaces
     monkeypatch.setattr(socket.socket, "connect", None)  # whoever reaches for a server calls it
     runpy.run_path(str(ROOT / "eval.py"), run_name="__main__")
     lines = capsys.readouterr().out.rstrip("\n").split("\n")
