@@ -8,6 +8,7 @@ are dropped, and the work goes on.
 import os
 import sys
 from contextlib import suppress
+from functools import partial
 from select import select
 from typing import TextIO
 
@@ -43,9 +44,9 @@ def start_script() -> None:
     """Guard the terminal's streams, let Ctrl-C end in one line, and let OpenMP's threads sleep soon."""
     # A stream that the caller closed is None. Its number is given to the next file that is opened, which must not be a
     # file of the run: libraries write to number 2.
-    sys.stdin = sys.stdin or open(os.devnull, encoding="utf-8")  # noqa: SIM115
-    null = open(os.devnull, "w", encoding="utf-8") if None in (sys.stdout, sys.stderr) else None  # noqa: SIM115
-    sys.stdout, sys.stderr = _guarded(sys.stdout or null), _guarded(sys.stderr or null)
+    null = partial(open, os.devnull, encoding="utf-8")
+    sys.stdin, sys.stdout, sys.stderr = sys.stdin or null(), sys.stdout or null("w"), sys.stderr or null("w")
+    sys.stdout, sys.stderr = _guarded(sys.stdout), _guarded(sys.stderr)
     sys.excepthook = _explain
     # OpenMP's threads spin while they wait, and take the cores from other programs. Here they sleep soon, unless the
     # user says otherwise. torch reads this when it is imported. Measured in docs/scaling.md.
