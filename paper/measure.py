@@ -28,8 +28,8 @@ POINTS = 80  # tokens in the picture of Proposition 1
 def measure(config: TrainConfig, tasks: int) -> dict:
     """Everything that the study wants to know of the finished run of `config`.
 
-    tasks: of each held-out split, the first ones; all that there are if there are fewer. A pretrained policy plays them
-    at temperature 0, too ("greedy"). For the tiny one paper/greedy.py does that later.
+    tasks: of each held-out split, the first ones; all that there are if there are fewer. They are played at temperature
+    1 ("eval") and at 0 ("greedy"): a policy that stayed uncertain loses by sampling, and nothing at 0.
     """
     run = Path(config.out)
     envs = open_envs(config, config.batch_size, ["train", *held_out_splits(config.env)])
@@ -38,20 +38,21 @@ def measure(config: TrainConfig, tasks: int) -> dict:
     first, last = (load_player(str(folder), config, accelerator) for folder in folders)
     splits = [split for split in held_out_splits(config.env) if has_tasks(envs[0], split)]
     held_out = [task for split in splits for task in first_tasks(envs[0], config.env, split, tasks)]
-    played = evaluate(last, envs, held_out, config, accelerator)
-    parts = {split: [episode for episode in played if episode.task.split == split] for split in splits}
+    limits = {"max_step_tokens": config.max_step_tokens, "max_tokens": config.max_tokens}
+    calm = EvalConfig(temperature=0.0, seed=config.seed, **limits)
+    played, greedy = (evaluate(last, envs, held_out, how, accelerator) for how in (config, calm))
     texts = evaluate(first, envs, held_out[:TEXTS], config, accelerator)
     kept = {int(path.stem): load_episodes(path) for path in sorted((run / "episodes").glob("*.jsonl"))}
     # The policy that sampled the episodes of iteration t has taken the updates of t - 1 iterations.
     drift = [[iteration - 1, kl_to(first, episodes)] for iteration, episodes in kept.items()]
     drift.append([config.iterations, kl_to(first, played[:TEXTS])])
-    greedy = {}
-    if config.policy != "tiny":
-        limits = {"max_step_tokens": config.max_step_tokens, "max_tokens": config.max_tokens}
-        calm = evaluate(last, envs, held_out, EvalConfig(temperature=0.0, seed=config.seed, **limits), accelerator)
-        greedy["greedy"] = {split: summarize([e for e in calm if e.task.split == split]) for split in splits}
-    return greedy | {
-        "eval": {split: summarize(part) for split, part in parts.items()},
+
+    def by_split(episodes: list[Episode]) -> dict[str, dict]:
+        return {split: summarize([e for e in episodes if e.task.split == split]) for split in splits}
+
+    return {
+        "eval": by_split(played),
+        "greedy": by_split(greedy),
         "kl": drift,
         "entropy_change": entropy_change(texts, last),
         "norm_entropy": norm_entropy_histogram(run),

@@ -23,7 +23,7 @@ from engine.checkpoint import checkpoints
 from engine.files import RecordError
 from envs import make_envs
 from episode import Task
-from paper import greedy, measure, pictures, report, study
+from paper import measure, pictures, report, study
 from paper.rows import (
     Entry,
     Study,
@@ -92,21 +92,17 @@ def test_a_row_comes_out_the_same_again(coin, tmp_path):
 
 
 def test_a_row_of_a_pretrained_policy_holds_its_success_at_temperature_0(coin, monkeypatch, house_policy, tmp_path):
-    """The machine that trained it may be gone before paper/greedy.py could play it."""
     house_policy.save(tmp_path / "model")
     words = f"--policy {tmp_path / 'model'} --demonstrations 8 --imitation_rate 1e-3"
     flags = re.sub("--demonstrations 240", words, study.WORLDS["coin"].flags)
     monkeypatch.setitem(study.WORLDS, "coin", Entry("coin", flags))
-    temperatures, evaluate = [], measure.evaluate
-
-    def noted(player, envs, tasks, config, accelerator):
-        temperatures.append((config.temperature, len(tasks)))
-        return evaluate(player, envs, tasks, config, accelerator)
-
-    monkeypatch.setattr(measure, "evaluate", noted)
     row = study.run_row("coin", "grpo", 0, str(tmp_path / "runs"))
-    assert temperatures == [(1.0, 12), (1.0, 12), (0.0, 12)]  # the last policy, the first one for its texts, at 0
-    assert row["greedy"]["eval"]["episodes"] == 12
+    limits = {"max_step_tokens": 24, "max_tokens": 256}
+    tasks, seeds = [Task("coin", "eval", n) for n in range(12)], [(99, n) for n in range(12)]  # the seeds do not matter
+    last = load_policy(str(checkpoints(tmp_path / "runs" / "coin" / "grpo" / "0")[-1]))
+    played = rollout(last, make_envs("coin", [], 5), tasks, seeds, temperature=0, **limits)
+    at_0 = np.mean([episode.success for episode in played])
+    assert row["greedy"]["eval"]["success"] == pytest.approx(at_0, abs=1e-4)
     assert len(json.dumps(row)) < 20_000  # a row may have to be carried by hand
     monkeypatch.setattr("paper.rows.read_rows", lambda name: [row] if name == "coin" else [])
     assert sampled_and_greedy("coin")[1].of("grpo")[0]["eval"] == row["greedy"]
@@ -242,33 +238,6 @@ def test_a_seed_is_finished_by_the_kind_of_machine_that_has_all_its_methods():
     assert study.missing(rows, ["a", "b"], [0, 1, 2, 3, 4], "here") == [("b", 1), ("a", 4), ("b", 4)]
     assert study.missing(rows, ["b"], [1, 4], "here") == [("b", 4)]
     assert study.missing([], ["a"], [0], "here") == [("a", 0)]
-
-
-def test_greedy_rows_are_those_of_temperature_0_and_are_made_once(coin, monkeypatch, tmp_path):
-    study.run_row("coin", "grpo", 3, str(tmp_path))
-    run, file = tmp_path / "coin" / "grpo" / "3", tmp_path / "greedy.jsonl"
-    monkeypatch.setattr("sys.argv", ["greedy", "--runs", str(run), "--results", str(file)])
-    greedy.main()
-    greedy.main()
-    monkeypatch.setattr("sys.argv", ["greedy", "--first", "--runs", str(run), "--results", str(file)])
-    greedy.main()
-    last, first = read_file(file)
-    assert (last["world"], last["method"], last["seed"]) == ("coin", "grpo", 3)
-    assert (first["world"], first["method"], first["seed"]) == ("coin", "first", 3)
-    limits = {"max_step_tokens": 24, "max_tokens": 256}
-    tasks, seeds = [Task("coin", "eval", n) for n in range(12)], [(99, n) for n in range(12)]  # the seeds do not matter
-    for row, folder in ((last, checkpoints(run)[-1]), (first, run / "first_policy")):
-        played = rollout(load_policy(str(folder)), make_envs("coin", [], 5), tasks, seeds, temperature=0, **limits)
-        assert success(row) == pytest.approx(np.mean([episode.success for episode in played]), abs=1e-4)
-        assert str(tmp_path) not in row["command"]
-
-
-def test_greedy_takes_finished_runs_of_the_study_alone(monkeypatch, capsys, tmp_path):
-    monkeypatch.setattr("sys.argv", ["greedy", "--runs", str(tmp_path / "house" / "grpo" / "0")])
-    with pytest.raises(SystemExit) as error:
-        greedy.main()
-    assert error.value.code == 2
-    assert "finished runs of the study" in capsys.readouterr().err
 
 
 def test_the_games_of_alfworld_are_written_once_and_in_small_rooms(monkeypatch, tmp_path):

@@ -18,7 +18,7 @@ from engine.scorer import make_scorable
 from imitate import empty_model
 from policy import PolicyError
 from tests import sweep_architectures as sweep
-from tools import bench_scale, cost
+from tools import cost, speed
 from update import make_learner
 
 ROOT = Path(__file__).parents[2]
@@ -141,9 +141,9 @@ def test_arithmetic_of_an_update_is_what_pytorch_counts():
     with FlopCounterMode(display=False) as counter:
         logp = model(input_ids=ids, sampled=sampled.expand(2, 48))
         logp.sum().backward()
-    work = bench_scale.Work(episodes=2, group=2, prompt=2, turns=12, sampled=2, inserted=2)
-    machine = bench_scale.Machine(layer=0, decode=1, update=1)
-    parts = bench_scale.seconds(cost.shape_of(model), work, machine, TrainConfig())
+    work = speed.Work(episodes=2, group=2, prompt=2, turns=12, sampled=2, inserted=2)
+    machine = speed.Machine(layer=0, flop=1)
+    parts = speed.seconds(cost.shape_of(model), work, machine, TrainConfig())
     assert parts["update"] == pytest.approx(counter.get_total_flops(), rel=0.05)
     assert parts["read"] == pytest.approx(2 * cost.shape_of(model).body * (2 + 2 * 22))  # the prompt once for both
     assert parts["decode"] == 24 * 2 * (cost.shape_of(model).body + 128 * 512) * 2
@@ -151,13 +151,13 @@ def test_arithmetic_of_an_update_is_what_pytorch_counts():
 
 def test_the_slower_of_arithmetic_and_memory_sets_the_decode_step_and_links_add_up():
     shape = cost.shape_of(empty_model(model_config(Qwen2Config, 64, 192, 2, 4, 2, 500, True)))
-    work = bench_scale.Work(episodes=4, group=4, prompt=20, turns=3, sampled=10, inserted=20)
-    slow = bench_scale.Machine(layer=0, decode=1e30, update=1, bandwidth=10)
+    work = speed.Work(episodes=4, group=4, prompt=20, turns=3, sampled=10, inserted=20)
+    slow = speed.Machine(layer=0, flop=1e30, bandwidth=10)
     cache = 2 * 2 * 32 * 4 * 4 * 45  # keys and values, layers, width, bytes, episodes, half of the length
     weights = 4 * shape.parameters - 4 * (shape.parameters - shape.body - 64 * 500)
-    assert bench_scale.seconds(shape, work, slow, TrainConfig())["decode"] == pytest.approx(30 * (weights + cache) / 10)
+    assert speed.seconds(shape, work, slow, TrainConfig())["decode"] == pytest.approx(30 * (weights + cache) / 10)
     linked = replace(slow, link=100)
-    alone, two = (bench_scale.seconds(shape, work, linked, TrainConfig(), ranks) for ranks in (1, 2))
+    alone, two = (speed.seconds(shape, work, linked, TrainConfig(), ranks) for ranks in (1, 2))
     assert alone["communicate"] == 0
     assert two["communicate"] == pytest.approx(2 * 2 * 4 * shape.parameters / 2 / 100)  # two optimizer steps
 
