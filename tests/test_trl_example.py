@@ -255,6 +255,28 @@ def test_trl_gives_the_entropies_and_steps_that_the_rollout_recorded(folder, hou
     torch.testing.assert_close(entropy, completions("token_entropy"), atol=1e-4, rtol=1e-4)
 
 
+@pytest.mark.parametrize("flags", ["--iterations 0", "--k nan", "--seed -1", "--zeta x", "--mars 1"])
+def test_a_bad_flag_of_the_example_is_one_line(flags, monkeypatch, capsys):
+    monkeypatch.setattr("sys.argv", ["trl_house", *flags.split()])
+    with pytest.raises(SystemExit, match="2"):
+        trl_house.main()
+    assert len([line for line in capsys.readouterr().err.splitlines() if "error:" in line]) == 1
+
+
+def test_processes_and_policies_that_the_example_cannot_use_are_one_line(house_policy, monkeypatch, tmp_path):
+    with pytest.raises(SystemExit, match=r"^48 episodes at once do not divide an optimizer step; .+$"):
+        trl_house.trainer_arguments(TrainConfig(), micro_batch_size=48)  # as 16 on each of three processes
+    house_policy.save(tmp_path / "other")
+    tokenizer = tmp_path / "other" / "tokenizer_config.json"
+    monkeypatch.setattr("sys.argv", ["trl_house", "--policy", str(tmp_path / "none")])
+    with pytest.raises(SystemExit, match=r"^no policy at [^\n]+$"):
+        trl_house.main()
+    tokenizer.write_text(tokenizer.read_text().replace("<|end|>", "<|user|>"))
+    monkeypatch.setattr("sys.argv", ["trl_house", "--policy", str(tmp_path / "other")])
+    with pytest.raises(SystemExit, match=r"^[^\n]+ holds no tiny policy; [^\n]+$"):
+        trl_house.main()
+
+
 # ------------------------------------------------------------------------------------------------- in one's own code
 
 

@@ -12,8 +12,11 @@ import warnings
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 
+from worlds.contract import MOST_TASKS
 from worlds.retrieval import Passage, read_jsonl
 from worlds.search_world import Question
+
+MOST_BYTES = 2**32  # of a parquet file, unpacked: a few bytes of it can hold gigabytes
 
 
 def normalize(text: str) -> str:
@@ -124,13 +127,19 @@ def _json_records(path: Path) -> list:
     return records
 
 
-def _parquet_records(path: Path) -> list[dict]:
+def _parquet_records(path: Path) -> Iterator[dict]:
     try:
         from pyarrow import ArrowException, parquet
     except ImportError:
         raise ImportError("parquet files need pyarrow: pip install datasets==5.2.0") from None
     try:
-        return parquet.read_table(path).to_pylist()
+        file = parquet.ParquetFile(path)
+        groups = [file.metadata.row_group(number) for number in range(file.metadata.num_row_groups)]
+        size = sum(group.total_byte_size for group in groups)
+        if size > MOST_BYTES or file.metadata.num_rows > MOST_TASKS:
+            raise ValueError(f"{path}: {file.metadata.num_rows} questions of {size} bytes, unpacked, are too many")
+        for batch in file.iter_batches(batch_size=1000):
+            yield from batch.to_pylist()
     except (ArrowException, OSError) as error:
         raise ValueError(f"{path}: not a parquet file ({error})") from None
 

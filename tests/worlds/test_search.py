@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 from test_envs import transcript
 
 from envs import oracle_player
-from worlds import search
+from worlds import questions, search
 from worlds.questions import load_questions, normalize, split_of
 from worlds.search import NOTHING, Search, SearchConfig, exact_match, f1
 from worlds.search_world import HELD_OUT, RELATIONS, SPLITS, SYLLABLES, Question, build_world, paths
@@ -259,6 +259,20 @@ def test_broken_question_files_are_named_with_the_line(tmp_path, name, content, 
         pytest.importorskip("pyarrow", reason="pip install datasets==5.2.0")
     with pytest.raises(ValueError, match=message):
         load_questions(str(tmp_path / name) if content is None else write(tmp_path / name, content))
+
+
+@pytest.mark.parametrize("limit", ["MOST_BYTES", "MOST_TASKS"])
+def test_a_small_parquet_file_that_unpacks_to_gigabytes_is_refused(limit, monkeypatch, tmp_path):
+    parquet = pytest.importorskip("pyarrow.parquet", reason="pip install datasets==5.2.0")
+    from pyarrow import table
+
+    texts = table({"question": [f"{number} {'x' * 10_000}?" for number in range(1000)], "answer": ["y"] * 1000})
+    parquet.write_table(texts, tmp_path / "q.parquet", compression="zstd")
+    assert (tmp_path / "q.parquet").stat().st_size < 100_000
+    assert len(load_questions(str(tmp_path / "q.parquet"))[0]) == 1000
+    monkeypatch.setattr(questions, limit, 999)
+    with pytest.raises(ValueError, match=r"q.parquet: 1000 questions of [0-9]+ bytes, unpacked, are too many"):
+        load_questions(str(tmp_path / "q.parquet"))
 
 
 def test_what_the_hub_cannot_give_is_said(monkeypatch):
