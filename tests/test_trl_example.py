@@ -70,7 +70,7 @@ def rows_of(inputs: dict) -> list[tuple]:
 
 
 class ScoredEnv(trl_house.AgentEnv):
-    """The policy of the tests never succeeds, so the length of its actions is rewarded. Episodes take 2, 3, 2, 3 steps.
+    """The policy of the tests never succeeds, so the number of its actions is rewarded. Episodes take 2, 3, 2, 3 steps.
 
     Step counts that differ within a group give the advantages a mean over steps that is not 0.
     """
@@ -80,7 +80,7 @@ class ScoredEnv(trl_house.AgentEnv):
     def __init__(self, env, max_completion_length):
         super().__init__(env, max_completion_length)
         env.world.config = HouseConfig(max_steps=steps_of(ScoredEnv.made))
-        ScoredEnv.made, self.letters = ScoredEnv.made + 1, 0
+        ScoredEnv.made, self.actions = ScoredEnv.made + 1, 0
 
     def act(self, action: str) -> str:
         """Do one action.
@@ -88,11 +88,11 @@ class ScoredEnv(trl_house.AgentEnv):
         Args:
             action: What to do.
         """
-        self.letters += len(action)
+        self.actions += 1
         return super().act(action)
 
     def get_reward(self):
-        return self.letters % 7 / 7
+        return self.actions / 7
 
 
 def play(folder: str, strength: dict) -> Recorder:
