@@ -11,6 +11,8 @@ advantage of step t is V(s_t+1) - V(s_t); after the last step V is the outcome. 
                 advantages of the other groups give
     signal      the share of that gradient's squared norm that is the same in other batches; the rest is noise
 
+The gradients of a language model fit no memory; there only the first question is answered.
+
 All intervals are bootstrap intervals over groups. A row goes to docs/results/credit.jsonl. The episodes and their
 credit go to RUN/credit/CHECKPOINT.jsonl, where the credit page finds them.
 
@@ -59,6 +61,7 @@ COMPARED = [
     "grpo_empg_reversed",
 ]
 FIFTHS = 5
+MOST_NUMBERS = 10**9  # of all gradients together
 
 
 @dataclass(frozen=True)
@@ -176,14 +179,14 @@ def gradient_products(
     model = make_scorable(policy.model).eval()
     batch, parameters = collate(episodes, policy.device), [p for p in model.parameters() if p.requires_grad]
     first_step = np.cumsum([0, *(len(episode.steps) for episode in episodes)])
-    given = torch.from_numpy(np.stack(advantages)).float()  # (methods, n)
+    given = torch.from_numpy(np.stack(advantages)).float().to(policy.device)  # (methods, n)
     normalizer = loss_normalizer(batch.mask, config.aggregation) * config.group_size / len(episodes)  # of a mean group
     gradients = []  # of each group: (methods, parameters)
     for first in range(0, len(episodes), config.group_size):
         rows = list(range(first, first + config.group_size))
         part = batch.select(rows)
         logp = sampled_logp(model, part, config.temperature)  # (G, L)
-        place = part.step_ids.clamp(min=0) + torch.from_numpy(first_step[rows])[:, None]  # (G, L)
+        place = part.step_ids.clamp(min=0) + torch.from_numpy(first_step[rows]).to(policy.device)[:, None]  # (G, L)
         of_method = []
         for number, advantage in enumerate(given, 1):
             values = -logp * advantage[place.clamp(max=given.shape[1] - 1)]
@@ -193,7 +196,7 @@ def gradient_products(
         gradients.append(torch.stack(of_method))
     flat = torch.stack(gradients, 1).flatten(0, 1)  # (methods x groups, parameters)
     shape = (len(given), len(gradients)) * 2
-    return (flat @ flat.T).double().numpy().reshape(shape)
+    return (flat @ flat.T).double().cpu().numpy().reshape(shape)
 
 
 def gradient_measures(
@@ -264,7 +267,6 @@ def measure_credit(
         return np.concatenate([getattr(m, what)[m.valid].cpu() for m in made[name]])
 
     given = {name: flat(name, "advantage") for name in COMPARED}
-    products = gradient_products(policy, episodes, [*given.values(), true], config)
     methods = [*given, "true"]
     row = {
         "groups": groups,
@@ -276,8 +278,10 @@ def measure_credit(
         "credit_by_entropy": credit_by_entropy(flat("grpo", "entropy"), halves, group, credit.resamples),
         "f": agreement({"f": flat("grpo_empg", "f")}, true, group, credit.resamples)["f"],
         "credit": agreement(given, true, group, credit.resamples),
-        "update": gradient_measures(methods, products, config.tasks_per_iteration, credit.resamples),
     }
+    if len(methods) * groups * policy.model.num_parameters() <= MOST_NUMBERS:
+        products = gradient_products(policy, episodes, [*given.values(), true], config)
+        row["update"] = gradient_measures(methods, products, config.tasks_per_iteration, credit.resamples)
     kept = []
     for part in collated:
         entropy, valid = step_entropy(part.token_entropy, part.step_ids)

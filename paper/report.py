@@ -193,7 +193,7 @@ def policy_name(row: dict) -> str:
 def gains_table(part: str, measure: str, decimals: int = 3) -> str:
     """A measure of GRPO's advantages, and how much larger it is for each method: a line for each policy measured."""
     lines, methods = [], []
-    for row in read_credit():
+    for row in (row for row in read_credit() if part in row):
         methods = [name for name in row[part] if name != "grpo"]
         cells = [interval(row[part]["grpo"][measure], decimals)]
         cells += [interval(row[part][name][f"{measure}_gain"], decimals, sign=True) for name in methods]

@@ -220,6 +220,19 @@ def test_a_row_has_every_method_and_the_episodes_carry_their_credit(coin):
         assert len(entry["modulation"]["advantage"]) == len(true)
 
 
+@pytest.mark.filterwarnings("ignore")
+def test_a_large_model_has_credit_without_gradients(coin, monkeypatch):
+    monkeypatch.setattr(credit, "MOST_NUMBERS", 10**6)
+    monkeypatch.setattr(credit, "gradient_products", None)  # whoever makes them would call it
+    wanted = credit.CreditConfig(run="", checkpoint=0, batches=1, continuations=2, resamples=20)
+    row, _ = credit.measure_credit(
+        wanted, replace(CONFIG, env="coin", env_args=[], group_size=4, max_step_tokens=24), *coin
+    )
+    assert "update" not in row
+    assert len(row["credit_by_entropy"]) == credit.FIFTHS
+    assert [*row["credit"]] == credit.COMPARED
+
+
 def test_a_policy_that_always_fails_has_no_credit_to_measure(house_policy, envs):
     wanted = credit.CreditConfig(run="", checkpoint=0, batches=1, continuations=2, resamples=20)
     with pytest.raises(SystemExit, match="no credit to measure: all 4 episodes"):
