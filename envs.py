@@ -108,7 +108,8 @@ def _world(name: str) -> World:
     if name not in ENVIRONMENTS:
         raise ValueError(f"unknown environment {name!r}; there are {', '.join(ENVIRONMENTS)}")
     world = ENVIRONMENTS[name]
-    if world.splits[:1] != ("train",) or len(world.splits) < 2:
+    sound = isinstance(world.splits, tuple) and all(isinstance(split, str) for split in world.splits)
+    if not sound or world.splits[:1] != ("train",) or len(world.splits) < 2:
         raise WorldError(f"{name}: its splits must be a tuple, train and then others, got {world.splits!r}")
     return world
 

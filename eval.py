@@ -27,7 +27,7 @@ from accelerate import Accelerator
 from scipy import stats
 
 from config import EvalConfig, TrainConfig, fail, given_flags, parse_config
-from engine.checkpoint import evaluation_of, world_settings
+from engine.checkpoint import evaluation_of, verify_checkpoint, world_settings
 from engine.files import replace_file, replacing, require_writable_file
 from engine.ranks import explain_out_of_memory, play_over_ranks, start_ranks, weights_for_sampling
 from engine.record import precision_of
@@ -71,6 +71,8 @@ def first_tasks(env: Env, name: str, split: str, number: int) -> list[Task]:
 @explain_out_of_memory("loading the policy", "take a smaller model")
 def load_player(path: str, config: EvalConfig | TrainConfig, accelerator: Accelerator) -> Policy:
     """The policy of a folder or a hub id, on this device. Raises PolicyError if it cannot be loaded or sampled from."""
+    if (Path(path) / "state.json").exists():
+        verify_checkpoint(Path(path))
     policy = load_policy(path)
     policy.model.to(accelerator.device)
     with weights_for_sampling(accelerator, policy.model):

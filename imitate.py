@@ -41,7 +41,6 @@ from engine.checkpoint import CheckpointError, verify_checkpoint, write_folder
 from engine.files import CHECKSUMS, require_writable
 from engine.ranks import COMPUTE, explain_out_of_memory, split_by_tokens, start_ranks
 from engine.scorer import make_scorable
-from engine.world_errors import require_none_aborted
 from envs import Env, careless_player, format_response
 from episode import Episode
 from eval import open_envs
@@ -55,12 +54,14 @@ def first_policy(config: TrainConfig, accelerator: Accelerator, env: Env, link: 
     cache, the main process makes it; the others wait.  link: to that of a run which is resumed."""
     if not config.demonstrations:
         return str(link) if link and link.exists() else config.policy
+    if link and not config.kl_coef:
+        return str(link)  # a resumed run needs it as its reference alone
     folder = [""]
     if accelerator.is_main_process:
         # The warm starts of older runs have no checksums.
         sound = link and link.exists() and (is_whole(link) or not (link / CHECKSUMS).exists())
         first = link if sound else cold_start(config, accelerator, env)
-        if link and config.kl_coef and first.resolve() != link.resolve():
+        if link and first.resolve() != link.resolve():
             raise CheckpointError(f"the policy that {link} names is lost, and this code would imitate another one")
         folder = [str(first)]
     return broadcast_object_list(folder)[0]
@@ -124,8 +125,8 @@ def demonstrations(config: TrainConfig, env: Env) -> list[Dialogue]:
     """Dialogues of the careless player, on the first tasks of the run. Ends the program if any is aborted."""
     size = env.size("train")
     tasks = [train_task(config.env, size, config.seed, number) for number in range(config.demonstrations)]
-    played = play_scripted(env, tasks, careless_player(config.slip), config.seed, desc="demonstrations")
-    return [dialogue(env.instructions, episode) for episode in require_none_aborted(played, "demonstrations")]
+    played = play_scripted(env, tasks, careless_player(config.slip), config.seed, desc="demonstrations", strict=True)
+    return [dialogue(env.instructions, episode) for episode in played]
 
 
 def dialogue(instructions: str, episode: Episode) -> Dialogue:

@@ -13,13 +13,14 @@ rank and with whatever limits it is played.
 import random
 from collections import Counter
 from collections.abc import Callable
+from functools import lru_cache
 
 import numpy as np
 import torch
 from tqdm import tqdm
 
 from engine.sampler import Sampler
-from engine.world_errors import aborting
+from engine.world_errors import aborting, require_none_aborted
 from envs import Env, Player, parse_response
 from episode import Episode, Step, Task
 from policy import Policy
@@ -37,8 +38,13 @@ def train_task(env: str, size: int | None, seed: int, number: int) -> Task:
     """
     if size is None:
         return Task(env, "train", seed * 10**9 + number)
-    order = generator("tasks", seed, number // size).permutation(size)
-    return Task(env, "train", int(order[number % size]))
+    return Task(env, "train", int(task_order(seed, number // size, size)[number % size]))
+
+
+@lru_cache(maxsize=2)  # a pass, and the next one
+def task_order(seed: int, number: int, size: int) -> np.ndarray:
+    """The order (size,) of a split's tasks in pass `number` of a run."""
+    return generator("tasks", seed, number).permutation(size)
 
 
 # --------------------------------------------------------------------------------------------------------- episodes
@@ -149,10 +155,12 @@ def _act(episode: Episode, env: Env, thought: str, action: str, tokens: int = 0)
 # ------------------------------------------------------------------------------------------------- scripted players
 
 
-def play_scripted(env: Env, tasks: list[Task], player: Player, seed: int, desc: str = "play") -> list[Episode]:
+def play_scripted(
+    env: Env, tasks: list[Task], player: Player, seed: int, desc: str = "play", strict: bool = False
+) -> list[Episode]:
     """One episode of every task by a scripted player: episodes with steps, but without tokens.
 
-    A task that comes again is played with other random numbers.
+    A task that comes again is played with other random numbers.  strict: the first aborted episode ends the program.
     """
     episodes, times = [], Counter()
     for task in tqdm(tasks, desc=desc, unit="episode", leave=False, delay=2):
@@ -162,5 +170,5 @@ def play_scripted(env: Env, tasks: list[Task], player: Player, seed: int, desc: 
         while not episode.done:
             with aborting(episode):  # the player asks the environment what can be done
                 _act(episode, env, *player(env, [step.action for step in episode.steps], rng))
-        episodes.append(episode)
+        episodes += require_none_aborted([episode], desc) if strict else [episode]
     return episodes

@@ -93,7 +93,9 @@ def update(config: TrainConfig, learner: Learner, batch: Batch, advantage: Tenso
 
         # 6 clip and step
         grad_norm = to_float(accelerator.clip_grad_norm_(learner.model.parameters(), MAX_GRAD_NORM))
-        sums["grad_norm"] += require_finite(grad_norm, [batch.episodes[row] for row in rows])
+        if accelerator.scaler is None:  # that of fp16 leaves out a step whose gradients overflow
+            require_finite(grad_norm, [batch.episodes[row] for row in rows])
+        sums["grad_norm"] += grad_norm
         learner.optimizer.step()
         learner.optimizer.zero_grad()
         sums["learning_rate"] += learner.optimizer.param_groups[0]["lr"]

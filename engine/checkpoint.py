@@ -211,7 +211,7 @@ def save_checkpoint(
     # A newer, damaged checkpoint may exist; it does not count towards KEEP.
     saved = checkpoints(folder.parent)
     for old in saved[: saved.index(folder) + 1][:-KEEP]:
-        shutil.rmtree(old)
+        shutil.rmtree(old, ignore_errors=True)
 
 
 def write_folder(folder: Path, write: Callable[[Path], None], state: dict) -> None:
@@ -264,8 +264,9 @@ def evaluation_of(player: str) -> dict:
             own = {name: saved[name] for name in saved if name in same}
             own["env_args"] = [str(arg) for arg in saved["env_args"]]
             return own | {"split": [saved["eval_split"] or first], "tasks": saved["eval_tasks"]}
-        except (OSError, ValueError, KeyError, TypeError):
-            continue
+        except (OSError, ValueError, KeyError, TypeError) as error:
+            if file.name == "state.json" and file.exists():
+                raise CheckpointError(f"{file} does not say how it was trained: {error}") from error
     return {}
 
 
@@ -292,7 +293,7 @@ def sources_of(config: TrainConfig) -> dict[str, str]:
     digests = {}
     if config.policy_kind != "tiny" and exists(config.policy):
         named["--policy"] = config.policy, "*"  # a run may write to a folder within that of its policy
-    elif config.policy_kind != "tiny":
+    elif config.policy_kind != "tiny" and config.kl_coef:  # without a reference it is not read again
         with refused(f"no policy at {config.policy!r}"):
             load_config(config.policy)  # downloads the newest
             digests["--policy"] = Path(try_to_load_from_cache(config.policy, "config.json")).parent.name

@@ -1,4 +1,4 @@
-"""Files of runs and results. Text is UTF-8. A file is put in place when it is whole, and is locked while it is changed.
+"""Files of runs and results. Text is UTF-8. A file is put in place when it is whole.
 
 JSON may come from somebody else, from another version, or from a disk that lost a part. Each fault is one line.
 """
@@ -78,10 +78,9 @@ def replacing(path: Path) -> Iterator[Path]:
         if path.exists() and not path.is_file():
             yield path
             return
-        place = path.resolve()  # a link stays one
-        aside = place.with_name(f".{place.name}.partial")
+        aside = path.with_name(f".{path.name}.partial")
         yield aside
-        os.replace(aside, place)
+        os.replace(aside, path)  # a link, too: in somebody's folder it may lead to a file of yours
 
 
 def replace_file(path: Path, text: str) -> None:
@@ -101,7 +100,8 @@ def require_writable(folder: Path) -> None:
 
 def require_writable_file(path: Path) -> None:
     """Raises RecordError unless the file can be written. To be called before a measurement, which would be lost."""
-    require_writable(path.parent)
+    if path.is_file() or not path.exists():  # a device or a pipe has no folder of its own
+        require_writable(path.parent)
     if path.exists():
         with naming_the_file(path):
             path.open("ab").close()
@@ -145,9 +145,9 @@ def content_digest(path: Path, pattern: str) -> str:
     if path.is_file():
         return _digest(path)
     readable = [file for file in path.glob(pattern) if file.is_file() and os.access(file, os.R_OK)]
-    files = [file.relative_to(path) for file in readable if file.suffix != ".md"]
+    files = sorted(file.relative_to(path) for file in readable if file.suffix != ".md")
     kept = [file for file in files if not any(part.startswith((".", "__pycache__")) for part in file.parts)]
-    return hashlib.sha256(json.dumps([(str(file), _digest(path / file)) for file in sorted(kept)]).encode()).hexdigest()
+    return hashlib.sha256(json.dumps([(str(file), _digest(path / file)) for file in kept]).encode()).hexdigest()
 
 
 def _digest(path: Path) -> str:

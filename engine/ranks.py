@@ -57,7 +57,7 @@ LAUNCHER = {
     "FSDP_IGNORED_MODULES": OFF,  # their gradients would differ between ranks
 }
 # How PyTorch and its libraries say that memory ran out, in errors of several classes.
-OUT_OF_MEMORY = ("out of memory", "ALLOC_FAILED", "can't allocate memory")
+OUT_OF_MEMORY = ("out of memory", "ALLOC_FAILED", "CUBLAS_STATUS_NOT_INITIALIZED", "can't allocate memory")
 # How long a rank waits for another. One whose episodes are long may sample for an hour while the others wait, and NCCL
 # would give up after ten minutes. When a rank dies, the launcher ends the others at once.
 PATIENCE = timedelta(hours=4)
@@ -94,7 +94,7 @@ def start_ranks(threads: int, fsdp: bool = False, **options) -> Accelerator:
             f"{launched} processes were launched but {accelerator.num_processes} found each other; "
             "on CPUs launch with: torchrun --nproc_per_node N train.py"
         )
-    if accelerator.device.type == "cpu":
+    if threads or accelerator.device.type == "cpu":
         torch.set_num_threads(threads or cpu_threads(accelerator.num_processes))
     return accelerator
 

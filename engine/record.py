@@ -9,6 +9,7 @@ import os
 import subprocess
 import sys
 import time
+from contextlib import suppress
 from dataclasses import asdict
 from pathlib import Path
 
@@ -112,6 +113,8 @@ class Record:
         self.config, self.accelerator, self.out = config, accelerator, Path(config.out)
         self.started, self.seconds, self.captured, self.warned = time.perf_counter(), {}, 0.0, False
         if accelerator.is_main_process:
+            if (self.out / "config.json").exists() and not _is_run(self.out / "config.json"):
+                raise RecordError(f"{self.out} holds no run but another config.json; choose another --out")
             for folder in (self.out / "transcripts", self.out / "episodes", Path(config.cache)):
                 require_writable(folder)
             self._lock = lock_of(self.out)
@@ -167,7 +170,7 @@ class Record:
             faults.append(f"{log}: an iteration is there twice")
         if faults:
             self.say(f"{faults[0]}; resuming without what is lost; {log.name}.damaged is the file as it was")
-            if log.is_file():
+            if os.path.lexists(log):
                 os.replace(log, log.with_name(f"{log.name}.damaged"))
         return [kept[iteration] for iteration in sorted(kept)]
 
@@ -226,8 +229,18 @@ class Record:
         """The first and the last evaluation as JSON, and the learning curves."""
         if self.accelerator.is_main_process:
             replace_file(self.out / "result.json", json.dumps(summaries, indent=1))
-            with naming_the_file(self.out / "curves.png"):
-                draw_curves(self.out / "metrics.jsonl", self.out / "curves.png")
+            try:
+                with naming_the_file(self.out / "curves.png"):
+                    draw_curves(self.out / "metrics.jsonl", self.out / "curves.png")
+            except ValueError as error:  # somebody else wrote to the log
+                self.say(f"no curves: {error}")
+
+
+def _is_run(config: Path) -> bool:
+    """Whether a config.json is of a run, and not of a model. A damaged one counts as a run's: it is written again."""
+    with suppress(OSError, ValueError):
+        return "model_type" not in read_json(config)
+    return True
 
 
 def precision_of(players: list[str]) -> str | None:

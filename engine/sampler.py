@@ -252,9 +252,9 @@ class Sampler:
         if shape in graphs:
             graphs[shape].replay()
             return
+        start = time.perf_counter()
         self._decode(rows, columns)
         if self.policy.model.device.type in CAPTURED:
-            start = time.perf_counter()
             graphs[shape] = self._capture(rows, columns)
             self.policy.capture_seconds += time.perf_counter() - start
 

@@ -72,10 +72,11 @@ def stoppable(out: Path) -> Iterator[StopRequest]:
     something to save: what `save` of the request is set to.  out: the folder of the run."""
     request = StopRequest()
     try:
-        yield request
-    except Stopped:
-        raise SystemExit(f"stopped, {request.save()} is complete; resume with --resume") from None
-    except KeyboardInterrupt:
+        try:
+            yield request
+        except Stopped:
+            raise SystemExit(f"stopped, {request.save()} is complete; resume with --resume") from None
+    except KeyboardInterrupt:  # of the save, too
         saved = any(out.glob("checkpoint-*"))
         what = "the last checkpoint is complete; resume with --resume" if saved else "nothing was saved yet"
         raise SystemExit(f"stopped; {what}") from None

@@ -15,6 +15,7 @@ rollout.py inserts one.
 """
 
 from dataclasses import asdict, dataclass
+from pathlib import Path
 
 import torch
 from accelerate import PartialState
@@ -24,7 +25,9 @@ from transformers.hf_argparser import HfArg
 from trl import GRPOConfig, GRPOTrainer
 
 from config import TrainConfig, parse_config
+from engine.files import require_writable
 from engine.ranks import start_ranks
+from engine.terminal import start_script
 from envs import Env, make_envs, parse_response
 from examples.empg_trainer import EMPGTrainer
 from imitate import first_policy
@@ -157,12 +160,15 @@ class ExampleConfig:
 
     def __post_init__(self):
         TrainConfig(**asdict(self))  # raises ValueError for a value out of range
+        if self.seed >= 2**32:  # numpy's
+            raise ValueError(f"seed must be below 2**32, got {self.seed}")
 
 
 def main() -> None:
     config = TrainConfig(**asdict(parse_config(ExampleConfig)))
     accelerator = start_ranks(config.threads)
-    trainer_arguments(config)  # refused before the imitation, not after it
+    require_writable(Path(config.out))  # refused before the imitation, not after it
+    trainer_arguments(config)
     policy = first_policy(config, accelerator, make_envs(config.env, config.env_args, 1)[0])
     if load_policy(policy).tokenizer.eos_token != "<|end|>":
         raise SystemExit(f"{policy} holds no tiny policy; this example has the tiny model's chat template")
@@ -172,4 +178,5 @@ def main() -> None:
 
 
 if __name__ == "__main__":
+    start_script()
     main()

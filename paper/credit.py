@@ -36,8 +36,10 @@ from config import TrainConfig, parse_config
 from empg import Modulation, aggregate, loss_normalizer, step_entropy
 from engine.checkpoint import checkpoint_path, world_settings
 from engine.files import read_json, replace_file, require_writable, require_writable_file
-from engine.record import modulated, revision
+from engine.ranks import start_ranks, weights_for_sampling
+from engine.record import modulated, precision_of, revision
 from engine.scorer import make_scorable
+from engine.terminal import start_script
 from engine.world_errors import require_none_aborted
 from envs import Env
 from episode import Batch, Episode, Task, collate
@@ -238,16 +240,17 @@ def modulated_as(method: str, config: TrainConfig, batch: Batch) -> Modulation:
 
 
 def measure_credit(
-    credit: CreditConfig, config: TrainConfig, policy: Policy, envs: list[Env]
+    credit: CreditConfig, config: TrainConfig, accelerator: Accelerator, policy: Policy, envs: list[Env]
 ) -> tuple[dict, list[dict]]:
     """The measurements as a row, and the episodes with modulation and credit as objects of JSON."""
     size, groups = config.group_size, credit.batches * config.tasks_per_iteration
     available = envs[0].size("train")
     numbers = [FIRST_TASK + i if available is None else i % available for i in range(groups)]
     tasks = [Task(config.env, "train", number) for number in numbers for _ in range(size)]
-    episodes = rollout(policy, envs, tasks, [("credit", config.seed, i) for i in range(len(tasks))], **config.limits)
-    require_none_aborted(episodes, "episodes")
-    outcomes = play_continuations(policy, envs, episodes, credit.continuations, config)
+    seeds = [("credit", config.seed, i) for i in range(len(tasks))]
+    with weights_for_sampling(accelerator, policy.model):
+        episodes = require_none_aborted(rollout(policy, envs, tasks, seeds, **config.limits), "episodes")
+        outcomes = play_continuations(policy, envs, episodes, credit.continuations, config)
     value, *of_halves = (
         values(episodes, [rows[:, part] for rows in outcomes])
         for part in (slice(None), slice(0, None, 2), slice(1, None, 2))
@@ -327,18 +330,19 @@ def run_credit(credit: CreditConfig) -> None:
     config = replace(config, env_args=world_settings(run, config.env, config.env_args, credit.env_args))
     require_writable_file(file)
     require_writable(run / "credit")
-    accelerator = Accelerator()
-    torch.set_num_threads(config.threads or torch.get_num_threads())
     folder = checkpoint_path(run, credit.checkpoint) if credit.checkpoint else run / "first_policy"
+    folder = folder.absolute()  # not the name of a model on the hub
+    accelerator = start_ranks(config.threads, mixed_precision=precision_of([str(folder)]))
     envs = open_envs(config, config.batch_size, ["train"])
-    row, kept = measure_credit(credit, config, load_player(str(folder), config, accelerator), envs)
+    row, kept = measure_credit(credit, config, accelerator, load_player(str(folder), config, accelerator), envs)
     about = {"world": config.env, "seed": config.seed, "empg": config.empg, "checkpoint": credit.checkpoint}
     about |= {"algorithm": config.algorithm}
-    about |= {"commit": revision(), "machine": machine(), "train": flags_of(config)}
+    about |= {"commit": revision(), "machine": machine(accelerator.mixed_precision), "train": flags_of(config)}
     about["command"] = command_of(credit)
     replace_file(run / "credit" / f"{credit.checkpoint:06d}.jsonl", "".join(json.dumps(entry) + "\n" for entry in kept))
     add_row(file, rounded(about | row))
 
 
 if __name__ == "__main__":
+    start_script()
     main()

@@ -15,6 +15,7 @@ from torch import Tensor
 from config import EvalConfig, TrainConfig
 from empg import expected_score_norm, kl_k3, step_entropy, token_logp_and_entropy
 from engine.checkpoint import checkpoints
+from engine.ranks import weights_for_sampling
 from envs import held_out_splits
 from episode import Episode, collate, load_episodes
 from eval import evaluate, first_tasks, has_tasks, load_player, open_envs, summarize
@@ -42,22 +43,22 @@ def measure(config: TrainConfig, tasks: int) -> dict:
     calm = EvalConfig(temperature=0.0, seed=config.seed, **limits)
     played, greedy = (evaluate(last, envs, held_out, how, accelerator) for how in (config, calm))
     texts = evaluate(first, envs, held_out[:TEXTS], config, accelerator)
-    kept = {int(path.stem): load_episodes(path) for path in sorted((run / "episodes").glob("*.jsonl"))}
-    # The policy that sampled the episodes of iteration t has taken the updates of t - 1 iterations.
-    drift = [[iteration - 1, kl_to(first, episodes)] for iteration, episodes in kept.items()]
-    drift.append([config.iterations, kl_to(first, played[:TEXTS])])
+    with weights_for_sampling(accelerator, first.model), weights_for_sampling(accelerator, last.model):
+        kept = {int(path.stem): load_episodes(path) for path in sorted((run / "episodes").glob("*.jsonl"))}
+        # The policy that sampled the episodes of iteration t has taken the updates of t - 1 iterations.
+        drift = [[iteration - 1, kl_to(first, episodes)] for iteration, episodes in kept.items()]
+        drift.append([config.iterations, kl_to(first, played[:TEXTS])])
+        measured = {
+            "kl": drift,
+            "entropy_change": entropy_change(texts, last),
+            "norm_entropy": norm_entropy_histogram(run),
+            "score_norm": score_norm_points(texts, first),
+        }
 
     def by_split(episodes: list[Episode]) -> dict[str, dict]:
         return {split: summarize([e for e in episodes if e.task.split == split]) for split in splits}
 
-    return {
-        "eval": by_split(played),
-        "greedy": by_split(greedy),
-        "kl": drift,
-        "entropy_change": entropy_change(texts, last),
-        "norm_entropy": norm_entropy_histogram(run),
-        "score_norm": score_norm_points(texts, first),
-    }
+    return {"eval": by_split(played), "greedy": by_split(greedy)} | measured
 
 
 @torch.inference_mode()

@@ -120,9 +120,13 @@ def parts_table() -> str:
         "g and f, with centring": ("dapo_empg", "dapo_centered"),
         "g, with f and centring": ("dapo_empg", "dapo_bonus"),
     }
-    gains = {name: study.difference(*pair) for name, pair in steps.items()}
-    rows = [[name, gain.text(sign=True), str(gain.seeds)] for name, gain in gains.items() if gain.seeds]
-    return markdown(["what is added to DAPO", "difference, points", "seeds"], rows)
+    gains = {name: (other, study.difference(method, other)) for name, (method, other) in steps.items()}
+    rows = [
+        [name, TITLES[other], gain.text(sign=True), str(gain.seeds)]
+        for name, (other, gain) in gains.items()
+        if gain.seeds
+    ]
+    return markdown(["what is added", "to", "difference, points", "seeds"], rows)
 
 
 def replication_table() -> str:

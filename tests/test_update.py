@@ -1,5 +1,6 @@
 """What an update works on: the same numbers as while sampling, micro-batches by tokens, the loss, memory."""
 
+import math
 from dataclasses import replace
 from types import SimpleNamespace
 
@@ -159,6 +160,21 @@ def test_the_loss_has_the_kl_term_of_a_reference_that_is_scored_the_same_way(hou
     torch.testing.assert_close(loss, 0.5 * per_episode.mean(), rtol=1e-4, atol=1e-6)
     assert sums["kl_ref"] == pytest.approx(kl.detach().sum().item(), rel=1e-4)
     assert sums["kl_ref"] > 0.1
+
+
+def test_a_step_that_overflows_in_fp16_is_left_out_and_the_next_one_is_taken(house_policy, batch, advantage, tmp_path):
+    """The run ended with "loss or gradient is not finite", where the scaler would have halved its scale."""
+    house_policy.save(tmp_path)
+    accelerator, config = Accelerator(cpu=True), changed(mini_batches=1)
+    accelerator.scaler = torch.amp.GradScaler("cpu", init_scale=2.0**127)
+    learner = update.make_learner(config, accelerator, str(tmp_path), str(tmp_path))
+    before = {name: weight.clone() for name, weight in learner.policy.model.state_dict().items()}
+    assert not math.isfinite(update.update(config, learner, batch, 1e6 * advantage, 1)["grad_norm"])
+    assert accelerator.scaler.get_scale() == 2.0**126
+    assert all(torch.equal(weight, before[name]) for name, weight in learner.policy.model.state_dict().items())
+    accelerator.scaler.update(1024.0)
+    assert math.isfinite(update.update(config, learner, batch, advantage, 2)["grad_norm"])
+    assert not torch.equal(learner.policy.model.lm_head.weight, before["lm_head.weight"])
 
 
 def test_gradient_checkpointing_is_on_while_learning(house_policy, batch, advantage, tmp_path):

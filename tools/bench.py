@@ -3,9 +3,9 @@
     python -m tools.bench                    all of it; also writes bench.json
     python -m tools.bench --only sampler     the sampler against the usual `generate` loop alone
 
-On a GPU the models have the shapes of SmolLM2-135M and Qwen2.5-1.5B, in bf16, and all fits four minutes on an H200. On
-a CPU they have 3 and 34 million weights. Weights are random. Each figure is printed when it is there. The slow
-`generate` loop comes last. Speeds depend on the machine, so what counts are shares and ratios.
+On a GPU the models have the shapes of SmolLM2-135M and Qwen2.5-1.5B, in bf16, and all should fit four minutes on an
+H200. On a CPU they have 3 and 34 million weights. Weights are random. Each figure is printed as soon as it is there.
+The slow `generate` loop comes last. Speeds depend on the machine, so what counts are shares and ratios.
 """
 
 import gc
@@ -21,16 +21,17 @@ from accelerate import Accelerator
 from transformers.hf_argparser import HfArg
 
 import rollout
-from config import TrainConfig, parse_config
+from config import MOST_THREADS, TrainConfig, parse_config
 from engine.files import replace_file, require_writable_file
-from engine.ranks import start_ranks, weights_for_sampling
+from engine.ranks import COMPUTE, start_ranks, weights_for_sampling
 from engine.sampler import Sampler
+from engine.terminal import start_script
 from envs import Env, make_envs, parse_response
 from episode import Episode, Task, collate
 from policy import Policy
 from tools.cost import Shape, at_most, memory, shape_of
 from tools.limits import measure_decode, measure_update
-from tools.loads import LOADS, Load, clock, play, random_learner, step_advantage, timed
+from tools.loads import LOADS, Load, clock, play, random_learner, random_policy, step_advantage, timed
 from tools.speed import Machine, Work, seconds
 from update import Learner, update
 
@@ -39,14 +40,16 @@ from update import Learner, update
 class BenchConfig:
     """Measure speed and memory."""
 
-    only: Literal["all", "iterations", "sampler"] = HfArg(default="all", help="part to measure")
-    repeats: int = HfArg(default=3, help="measurements of a speed; their median counts")
+    only: Literal["all", "iterations", "sampler"] = HfArg(
+        default="all", help="iterations, with the limits of the machine; or the sampler"
+    )
+    repeats: int = HfArg(default=3, help="measurements of each limit; their median counts")
     threads: int = HfArg(default=0, help="threads on the CPU; 0: all cores")
     out: str = HfArg(default="bench.json", help="file for the result")
 
     def __post_init__(self):
-        if self.repeats < 1 or self.threads < 0:
-            raise ValueError("repeats must be at least 1, threads at least 0")
+        if not 1 <= self.repeats <= 20 or not 0 <= self.threads <= MOST_THREADS:
+            raise ValueError(f"repeats must be 1 to 20, threads 0 to {MOST_THREADS}")
 
 
 # ---------------------------------------------------------------------------------------------------- an iteration
@@ -79,13 +82,13 @@ def measure_iterations(load: Load, learner: Learner, shape: Shape, machine: Mach
         parts |= {"environments": sum(reset + act), "update": updating, "all": sampling + updating}
         yield {f"iteration {iteration} of {load.trained} episodes, seconds: {part}": s for part, s in parts.items()}
     formula = seconds(shape, work_of(episodes, config.group_size), machine, config)
-    yield {f"iteration by the formula, seconds: {part}": time for part, time in formula.items() if time}
+    yield {f"iteration by the formula, seconds: {part}": s for part, s in formula.items() if s}
     yield {"iteration, formula over measured": sum(formula.values()) / (parts["all"] - parts["environments"])}
     if cuda:
-        parts = memory(config, shape, 1, machine.compute)
+        terms = memory(config, shape, 1, machine.compute)
         yield {
             "peak memory, GB": torch.cuda.max_memory_allocated() / 1e9,
-            "peak memory by the formula, GB": at_most(config, parts) / 1e9,
+            "peak memory by the formula, GB": at_most(config, terms) / 1e9,
         }
 
 
@@ -111,11 +114,12 @@ def generate_loop(policy: Policy, envs: list[Env], tasks: list[Task], config: Tr
     live, pad = list(range(len(tasks))), policy.tokenizer.pad_token_id
     while live:
         width = max(len(histories[i]) for i in live)
-        ids = torch.tensor([[pad] * (width - len(histories[i])) + histories[i] for i in live], device=policy.device)
-        mask = torch.tensor([[0] * (width - len(histories[i])) + [1] * len(histories[i]) for i in live])
+        padding = [width - len(histories[i]) for i in live]
+        ids = torch.tensor([[pad] * n + histories[i] for n, i in zip(padding, live, strict=True)], device=policy.device)
+        mask = torch.arange(width) >= torch.tensor(padding)[:, None]
         output = policy.model.generate(
             input_ids=ids,
-            attention_mask=mask.to(policy.device),
+            attention_mask=mask.long().to(policy.device),
             do_sample=True,
             temperature=config.temperature,
             top_k=0,
@@ -158,42 +162,42 @@ def measure_sampler(load: Load, policy: Policy) -> Iterator[dict[str, float]]:
 # ---------------------------------------------------------------------------------------------------------- output
 
 
-def measure(bench: BenchConfig, loads: dict[str, Load], accelerator: Accelerator) -> Iterator[dict[str, float]]:
-    """The figures of the parts that are asked for, as soon as each is there."""
+def measure(
+    bench: BenchConfig, loads: dict[str, Load], accelerator: Accelerator
+) -> Iterator[tuple[str, dict[str, float]]]:
+    """Model and figures of the parts that are asked for, as soon as each is there."""
     compute = 4 if accelerator.mixed_precision == "no" else 2
     for name, load in loads.items() if bench.only != "sampler" else ():
         learner = random_learner(accelerator, load)
         shape = shape_of(learner.policy.model)
         with weights_for_sampling(accelerator, learner.policy.model):
             figures, bandwidth, layer = measure_decode(load, learner.policy, shape, compute, bench.repeats)
-        yield of(name, figures)
+        yield name, figures
         figures, flop = measure_update(load, learner, shape, bench.repeats)
-        yield of(name, figures)
+        yield name, figures
         machine = Machine(layer, flop, bandwidth, compute=compute)
-        yield from (of(name, figures) for figures in measure_iterations(load, learner, shape, machine))
+        yield from ((name, figures) for figures in measure_iterations(load, learner, shape, machine))
         del learner
-        gc.collect()
+        accelerator.free_memory()  # it keeps what it has prepared
     if bench.only != "iterations":
         name, load = list(loads.items())[-1]
-        learner = random_learner(accelerator, load)
-        with weights_for_sampling(accelerator, learner.policy.model):
-            yield from (of(name, figures) for figures in measure_sampler(load, learner.policy))
-
-
-def of(model: str, figures: dict[str, float]) -> dict[str, float]:
-    return {f"{model}, {name}": value for name, value in figures.items()}
+        # In plain bf16, because autocast would slow the loop: its cache would be in float32.
+        policy = random_policy(load, accelerator.device, COMPUTE.get(accelerator.mixed_precision, torch.float32))
+        yield from ((name, figures) for figures in measure_sampler(load, policy))
 
 
 def main() -> None:
     bench, result = parse_config(BenchConfig), {}
     require_writable_file(Path(bench.out))
     accelerator = start_ranks(bench.threads, mixed_precision="bf16" if torch.cuda.is_available() else "no")
-    for figures in measure(bench, LOADS[accelerator.device.type], accelerator):
-        result |= figures
+    for model, figures in measure(bench, LOADS[accelerator.device.type], accelerator):
+        named = {f"{model}, {name}": value for name, value in figures.items()}
+        result |= named
         replace_file(Path(bench.out), json.dumps(result, indent=1) + "\n")
-        for name, value in figures.items():
+        for name, value in named.items():
             print(f"{name:75} {value:12.4g}", flush=True)
 
 
 if __name__ == "__main__":
+    start_script()
     main()

@@ -80,10 +80,10 @@ def export(run: Path, best: bool = False, licence: str = "") -> Path:
     verify_checkpoint(source)
     folder, aside = run / "export", run / ".export.partial"
     own, foreign = own_and_foreign(folder)
-    if clash := foreign & {path.name for path in source.iterdir()} - OF_TRAINING:
+    if clash := foreign & ({"README.new.md", *(path.name for path in source.iterdir())} - OF_TRAINING):
         raise CheckpointError(f"{folder / min(clash)} was not written by an export; move it, and run this again")
     shutil.rmtree(aside, ignore_errors=True)
-    shutil.copytree(source, aside, ignore=lambda _, names: OF_TRAINING & {*names})
+    shutil.copytree(source, aside, symlinks=True, ignore=lambda _, names: OF_TRAINING & {*names})
     card.save(aside / ("README.new.md" if "README.md" in foreign else "README.md"))
     write_checksums(aside)
     new = {path.name for path in aside.iterdir()}

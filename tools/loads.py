@@ -57,7 +57,7 @@ class Load:
         )
 
 
-# By type of device; of the last one the sampler is measured, too.
+# By type of device. The sampler is measured with the last one alone.
 LOADS = {
     "cpu": {
         "3M": Load((192, 704, 5, 6, 2, 4096), episodes=32, trained=32, step_tokens=16, context=1024, rows=4),
@@ -67,20 +67,31 @@ LOADS = {
         "135M": Load((576, 1536, 30, 9, 3, 49_152), episodes=64, trained=64, step_tokens=40, context=2048, rows=8),
         "1.5B": Load(
             (1536, 8960, 28, 12, 2, 151_936),
-            **{"episodes": 128, "trained": 32, "step_tokens": 64, "context": 4096, "rows": 8, "checkpointing": True},
+            episodes=128,
+            trained=32,
+            step_tokens=64,
+            context=4096,
+            rows=8,
+            checkpointing=True,
         ),
     },
 }
 
 
-def random_learner(accelerator: Accelerator, load: Load) -> Learner:
-    """A model with random weights, made on the device, and a tokenizer of the House's texts, ready to be trained."""
+def random_policy(load: Load, device: torch.device, dtype: torch.dtype = torch.float32) -> Policy:
+    """A model with random weights, made on the device, and a tokenizer of the House's texts."""
     env = make_envs("house", [], 1)[0]
     played = play_scripted(env, [Task("house", "train", seed) for seed in range(200)], PLAYERS["oracle"], 0)
     tokenizer = tiny_tokenizer([dialogue(env.instructions, episode) for episode in played], 1024)
     torch.manual_seed(0)
-    with torch.device(accelerator.device), tempfile.TemporaryDirectory() as folder:
-        Policy(AutoModelForCausalLM.from_config(load.model, trust_remote_code=False), tokenizer).save(Path(folder))
+    with torch.device(device):
+        return Policy(AutoModelForCausalLM.from_config(load.model, dtype=dtype, trust_remote_code=False), tokenizer)
+
+
+def random_learner(accelerator: Accelerator, load: Load) -> Learner:
+    """The same, ready to be trained."""
+    with tempfile.TemporaryDirectory() as folder:
+        random_policy(load, accelerator.device).save(Path(folder))
         return make_learner(load.config, accelerator, folder, folder)
 
 

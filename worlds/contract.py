@@ -137,12 +137,20 @@ def _plain(field: str, value: Any) -> Any:
     try:
         text = json.dumps(value, default=_scalar, allow_nan=False, ensure_ascii=False)
         plain = json.loads(text.encode())  # a lone surrogate cannot be encoded
-        fits = FITS[kind](plain) if kind in FITS else True
+        fits = kind not in FITS or FITS[kind](plain)
     except Exception:
         fits = False
     if not fits:
-        raise WorldError(f"{field} is {reprlib.repr(value)}, not {kind}")
+        raise WorldError(f"{field} is {_shown(value)}, not {kind}")
     return bool(plain) if kind == FLAG else float(plain) if kind == NUMBER else plain
+
+
+def _shown(value: Any) -> str:
+    """A short text of a value, whose own may not be made: Python writes no integer of more than 4,300 digits."""
+    try:
+        return reprlib.repr(value)
+    except Exception:
+        return f"a {type(value).__name__} that cannot be written"
 
 
 def _scalar(value: Any) -> Any:
@@ -155,14 +163,14 @@ def _scalar(value: Any) -> Any:
 def _fields(answer: tuple, *names: str) -> list:
     """The parts of an answer by name. An info is left to `_info`."""
     if not isinstance(answer, tuple | list) or len(answer) != len(names):
-        raise WorldError(f"the answer is {reprlib.repr(answer)}, not ({', '.join(names)})")
+        raise WorldError(f"the answer is {_shown(answer)}, not ({', '.join(names)})")
     return [part if name == "info" else _plain(name, part) for name, part in zip(names, answer, strict=True)]
 
 
 def _info(info: dict, *needed: str) -> dict:
     """A copy of an info without "error", which marks an aborted episode and in a world's own info means nothing."""
     if not isinstance(info, dict) or not all(isinstance(key, str) for key in info):
-        raise WorldError(f"info is {reprlib.repr(info)}, not a dict with texts as keys")
+        raise WorldError(f"info is {_shown(info)}, not a dict with texts as keys")
     if missing := [key for key in needed if key not in info]:
         raise WorldError(f"info has no {' and no '.join(missing)}")
     return {key: _plain(f"info.{key}", value) for key, value in info.items() if key != "error"}

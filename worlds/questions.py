@@ -16,7 +16,7 @@ from worlds.contract import MOST_TASKS
 from worlds.retrieval import Passage, read_jsonl
 from worlds.search_world import Question
 
-MOST_BYTES = 2**32  # of a parquet file, unpacked: a few bytes of it can hold gigabytes
+MOST_BYTES = 2**31  # of all questions: a few bytes of a parquet file can hold gigabytes
 
 
 def normalize(text: str) -> str:
@@ -48,7 +48,7 @@ def load_questions(source: str) -> tuple[list[Question], list[Passage]]:
     Questions without an answer are left out, with a warning that names them.
     Raises ValueError naming a record that is not a question.
     """
-    questions, passages, unanswered = [], {}, []
+    questions, passages, unanswered, size = [], {}, [], 0
     for where, record in _records(source):
         text = record.get("question")
         if not isinstance(text, str) or not text.strip():
@@ -58,9 +58,13 @@ def load_questions(source: str) -> tuple[list[Question], list[Passage]]:
         except TypeError as error:
             raise ValueError(f"{where}: {error}") from None
         try:
-            passages |= {passage.contents: passage for passage in _context(record)}
+            context = {passage.contents: passage for passage in _context(record)}
         except (AttributeError, KeyError, TypeError, ValueError):
             raise ValueError(f'{where}: "context" is not one of titles and sentences') from None
+        passages |= context
+        size += sum(map(len, [text, *answers, *context]))
+        if size > MOST_BYTES:
+            raise ValueError(f"{where}: up to here there are {size} characters, which are too many")
         if answers:
             kind = record.get("data_source") or record.get("type") or "question"  # Search-R1's field, HotpotQA's
             questions.append(Question(encodable(text.strip()), answers, encodable(str(kind))))
@@ -138,7 +142,7 @@ def _parquet_records(path: Path) -> Iterator[dict]:
         size = sum(group.total_byte_size for group in groups)
         if size > MOST_BYTES or file.metadata.num_rows > MOST_TASKS:
             raise ValueError(f"{path}: {file.metadata.num_rows} questions of {size} bytes, unpacked, are too many")
-        for batch in file.iter_batches(batch_size=1000):
+        for batch in file.iter_batches(batch_size=100):
             yield from batch.to_pylist()
     except (ArrowException, OSError) as error:
         raise ValueError(f"{path}: not a parquet file ({error})") from None

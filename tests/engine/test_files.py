@@ -46,8 +46,9 @@ def test_a_file_is_replaced_when_it_is_whole(tmp_path):
         killed()
     assert file.read_text() == "old"
     replace_file(link, "−")
-    assert file.read_bytes() == "−".encode()
-    assert link.is_symlink()
+    assert link.read_bytes() == "−".encode()
+    assert file.read_text() == "old"  # a link in somebody's folder may lead to a file of yours
+    assert not link.is_symlink()
     replace_file(Path("/dev/null"), "a device is written to")
     assert not Path("/dev/null").is_file()
 
@@ -104,6 +105,25 @@ def test_a_damaged_log_blocks_no_checkpoint_and_no_row_is_lost_without_a_word(na
     assert not (logs.out / f"{whole}.damaged").exists()
     if before is not None:
         assert (logs.out / f"{name}.damaged").read_bytes() == before
+
+
+@pytest.mark.parametrize("kind", ["folder", "dangling link"])
+def test_what_stands_in_the_place_of_a_log_is_moved_aside(kind, tmp_path):
+    logs = Record(TrainConfig(out=str(tmp_path / "run"), cache=str(tmp_path / "cache")), Accelerator(cpu=True))
+    place = logs.out / "metrics.jsonl"
+    place.mkdir() if kind == "folder" else place.symlink_to(tmp_path / "nothing")
+    logs.open(last=1)
+    logs.progress.close()
+    assert place.read_text() == ""
+    assert not (tmp_path / "nothing").exists()
+
+
+def test_a_run_takes_no_folder_that_holds_a_model(tmp_path):
+    """`--policy FOLDER --out FOLDER` wrote the run's config.json over the model's, which no longer opened."""
+    (tmp_path / "config.json").write_text('{"model_type": "qwen2"}')
+    with pytest.raises(RecordError, match=r"holds no run but another config.json; choose another --out"):
+        Record(TrainConfig(out=str(tmp_path), cache=str(tmp_path / "cache")), Accelerator(cpu=True))
+    assert [path.name for path in tmp_path.iterdir()] == ["config.json"]
 
 
 # -------------------------------------------------------------------------------------------- what a run began with
@@ -166,7 +186,7 @@ def test_resume_sees_that_a_policy_on_the_hub_has_moved(saved, monkeypatch, tmp_
     place = tmp_path / "snapshots" / "first commit" / "config.json"
     monkeypatch.setattr(checkpoint, "load_config", lambda policy: None)
     monkeypatch.setattr(checkpoint, "try_to_load_from_cache", lambda policy, file: str(place))
-    flags = {"policy": "some/model", "env": "coin", "out": str(tmp_path / "run")}
+    flags = {"policy": "some/model", "env": "coin", "out": str(tmp_path / "run"), "kl_coef": 0.1}
     saved(TrainConfig(**flags))
     assert run_position(TrainConfig(**flags, resume=True), "no")[1].sources == {"--policy": "first commit"}
     place = tmp_path / "snapshots" / "second commit" / "config.json"

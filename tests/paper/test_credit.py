@@ -6,6 +6,7 @@ from dataclasses import fields, replace
 import numpy as np
 import pytest
 import torch
+from accelerate import Accelerator
 from conftest import rows
 
 import train
@@ -207,7 +208,7 @@ def test_each_method_is_modulated_as_in_its_own_runs(episodes):
 def test_a_row_has_every_method_and_the_episodes_carry_their_credit(coin):
     wanted = credit.CreditConfig(run="", checkpoint=0, batches=3, continuations=2, resamples=20)
     row, kept = credit.measure_credit(
-        wanted, replace(CONFIG, env="coin", env_args=[], group_size=4, max_step_tokens=24), *coin
+        wanted, replace(CONFIG, env="coin", env_args=[], group_size=4, max_step_tokens=24), Accelerator(), *coin
     )
     assert [*row["credit"]] == credit.COMPARED
     assert [*row["update"]] == [*credit.COMPARED, "true"]
@@ -226,7 +227,7 @@ def test_a_large_model_has_credit_without_gradients(coin, monkeypatch):
     monkeypatch.setattr(credit, "gradient_products", None)  # whoever makes them would call it
     wanted = credit.CreditConfig(run="", checkpoint=0, batches=1, continuations=2, resamples=20)
     row, _ = credit.measure_credit(
-        wanted, replace(CONFIG, env="coin", env_args=[], group_size=4, max_step_tokens=24), *coin
+        wanted, replace(CONFIG, env="coin", env_args=[], group_size=4, max_step_tokens=24), Accelerator(), *coin
     )
     assert "update" not in row
     assert len(row["credit_by_entropy"]) == credit.FIFTHS
@@ -236,7 +237,7 @@ def test_a_large_model_has_credit_without_gradients(coin, monkeypatch):
 def test_a_policy_that_always_fails_has_no_credit_to_measure(house_policy, envs):
     wanted = credit.CreditConfig(run="", checkpoint=0, batches=1, continuations=2, resamples=20)
     with pytest.raises(SystemExit, match="no credit to measure: all 4 episodes"):
-        credit.measure_credit(wanted, CONFIG, house_policy, envs)  # in three steps no task can be done
+        credit.measure_credit(wanted, CONFIG, Accelerator(), house_policy, envs)  # in three steps no task can be done
 
 
 def test_bad_settings_are_named():

@@ -118,6 +118,30 @@ def test_rows_that_are_there_are_not_run_again(monkeypatch, tmp_path):
     assert len(file.read_text().splitlines()) == 1
 
 
+def test_a_file_with_rows_of_another_world_is_refused(monkeypatch, tmp_path):
+    """All rows counted as there, nothing was run, and the status was 0."""
+    file = tmp_path / "rows.jsonl"
+    file.write_text(json.dumps({"world": "search", "method": "grpo", "seed": 1, "machine": study.machine()}) + "\n")
+    argv = ["study", "--world", "house", "--methods", "grpo", "--seeds", "1", "--results", str(file)]
+    monkeypatch.setattr("sys.argv", argv)
+    with pytest.raises(SystemExit, match=r"rows.jsonl holds rows of search$"):
+        study.main()
+
+
+def test_a_row_is_added_after_one_that_was_cut_in_a_letter(tmp_path):
+    """The run had trained for hours before the error."""
+    file = tmp_path / "rows.jsonl"
+    file.write_bytes(b'{"seed": 0, "machine": "m"}\n{"seed": 1, "m\xff')
+    add_row(file, {"seed": 2, "machine": "m"})
+    assert [row["seed"] for row in read_file(file)] == [0, 2]
+
+
+def test_rows_with_other_random_numbers_are_no_pair():
+    old, new = ({"method": method, "seed": 0, "machine": kind} for method, kind in (("a", "x"), ("b", "x, other")))
+    assert Study([old, new]).together("a", "b") == []
+    assert study.machine().endswith(study.STREAMS)
+
+
 def test_a_row_that_is_asked_for_twice_is_made_once(monkeypatch, tmp_path):
     """By repeated seeds, and by two studies of which the second waits. Both made it; the second removed the folder."""
     assert study.missing([], ["grpo", "grpo"], [7, 7], "here") == [("grpo", 7)]

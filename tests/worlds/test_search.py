@@ -261,6 +261,17 @@ def test_broken_question_files_are_named_with_the_line(tmp_path, name, content, 
         load_questions(str(tmp_path / name) if content is None else write(tmp_path / name, content))
 
 
+def test_a_parquet_file_that_repeats_one_long_text_is_refused(monkeypatch, tmp_path):
+    """It is written once in the file, whose size unpacked says nothing."""
+    parquet = pytest.importorskip("pyarrow.parquet", reason="pip install datasets==5.2.0")
+    from pyarrow import table
+
+    parquet.write_table(table({"question": ["x" * 10_000] * 1000, "answer": ["y"] * 1000}), tmp_path / "q.parquet")
+    monkeypatch.setattr(questions, "MOST_BYTES", 200_000)
+    with pytest.raises(ValueError, match=r"q.parquet, record 20: up to here there are 200020 characters, which are"):
+        load_questions(str(tmp_path / "q.parquet"))
+
+
 @pytest.mark.parametrize("limit", ["MOST_BYTES", "MOST_TASKS"])
 def test_a_small_parquet_file_that_unpacks_to_gigabytes_is_refused(limit, monkeypatch, tmp_path):
     parquet = pytest.importorskip("pyarrow.parquet", reason="pip install datasets==5.2.0")
