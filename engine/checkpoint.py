@@ -259,7 +259,9 @@ def evaluation_of(player: str) -> dict:
     same = {field.name for field in fields(EvalConfig)} & {field.name for field in fields(TrainConfig)} - {"policy"}
     for file in (Path(player) / "state.json", Path(player).parent / "config.json"):
         try:
-            saved = read_json(file)["config"]
+            if (content := read_json(file)) == {}:  # the state of a warm start
+                continue
+            saved = content["config"]
             first, *_ = held_out_splits(saved["env"])
             own = {name: saved[name] for name in saved if name in same}
             own["env_args"] = [str(arg) for arg in saved["env_args"]]

@@ -19,7 +19,18 @@ from matplotlib.ticker import MaxNLocator
 from empg import gradient_scale
 from engine.figures import LOOKS
 from paper.measure import BINS
-from paper.rows import RESULTS, TITLES, WORLDS, Row, Study, estimate, read_credit, read_rows, sampled_and_greedy
+from paper.rows import (
+    RESULTS,
+    TITLES,
+    WORLDS,
+    Row,
+    Study,
+    estimate,
+    read_credit,
+    read_rows,
+    sampled_and_greedy,
+    studies,
+)
 
 PAIRS = {"GRPO": ("grpo", "grpo_empg"), "DAPO": ("dapo", "dapo_empg")}
 PARTS = {
@@ -107,18 +118,18 @@ def kl() -> Figure:
 
 def sharpening() -> Figure:
     """Success of the same policies sampled at temperature 1 and at temperature 0, before and after training."""
-    worlds = {world: pair for world in WORLDS if (pair := sampled_and_greedy(world))[1].rows}
+    worlds = {world: pair for world in studies() if (pair := sampled_and_greedy(world))[1].rows}
     height = (len(worlds) + 1) // 2
     figure = Figure(figsize=(8, 3.4 * height), layout="constrained")
     axes = figure.subplots(height, 2, sharey=True, squeeze=False)
     names = {"first": "warm\nstart", **{method: TITLES[method] for pair in PAIRS.values() for method in pair}}
-    for axis, (world, studies) in zip(axes.flat, worlds.items(), strict=False):
-        for study, label, look in zip(studies, ("sampled", "temperature 0"), looks(), strict=False):
+    for axis, (world, both) in zip(axes.flat, worlds.items(), strict=False):
+        for study, label, look in zip(both, ("sampled", "temperature 0"), looks(), strict=False):
             means = [100 * study.mean(method).mean for method in names]
             errors = [100 * (study.mean(method).high - study.mean(method).mean) for method in names]
             axis.errorbar(range(len(names)), means, errors, capsize=3, label=label, **look | {"linestyle": "none"})
         axis.set_xticks(range(len(names)), [name.replace(" + ", "\n+ ") for name in names.values()])
-        axis.set(title=f"{WORLDS[world].title}, {seeds(studies[1], names)} seeds", ylim=(0, 100))
+        axis.set(title=f"{WORLDS[world].title}, {seeds(both[1], names)} seeds", ylim=(0, 100))
         axis.grid(alpha=0.3, axis="y")
     for axis in axes.flat[len(worlds) :]:
         axis.remove()

@@ -29,6 +29,7 @@ from paper.rows import (
     read_credit,
     read_rows,
     sampled_and_greedy,
+    studies,
 )
 
 ROOT = Path(__file__).parents[1]
@@ -51,12 +52,6 @@ def baseline(method: str) -> str:
 def markdown(head: list[str], rows: list[list[str]]) -> str:
     lines = [head, ["---"] * len(head), *rows]
     return "\n".join("| " + " | ".join(line) + " |" for line in lines)
-
-
-def studies() -> dict[str, Study]:
-    """The worlds that have rows of several seeds."""
-    found = {world: Study(read_rows(world)) for world in WORLDS}
-    return {world: study for world, study in found.items() if len(set().union(*study.rows.values())) > 1}
 
 
 def headline_table() -> str:
@@ -145,7 +140,7 @@ def replication_table() -> str:
 def greedy_table() -> str:
     """The same final policies sampled at temperature 1 and played at temperature 0, of every world that has both."""
     rows = []
-    for world in WORLDS:
+    for world in studies():
         sampled, greedy = sampled_and_greedy(world)
         for method in filter(greedy.of, ("first", *SHOWN)):
             plain, first = baseline(method), method == "first"

@@ -227,6 +227,12 @@ def read_rows(name: str) -> list[Row]:
     return read_file(RESULTS / f"{name}.jsonl")
 
 
+def studies() -> dict[str, Study]:
+    """The worlds that have rows of several seeds."""
+    found = {world: Study(read_rows(world)) for world in WORLDS}
+    return {world: study for world, study in found.items() if len(set().union(*study.rows.values())) > 1}
+
+
 def sampled_and_greedy(world: str) -> tuple[Study, Study]:
     """The policies that have rows at both temperatures: their rows at temperature 1, and those at 0.
 

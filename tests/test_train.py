@@ -488,7 +488,7 @@ def test_another_statistic_in_step_entropy_is_found_everywhere(run, base, monkey
     config = TrainConfig(**SMALL | {"env_args": [], "out": str(out)})
     wanted_of_study = study.CreditConfig(run="", checkpoint=0, batches=2, continuations=2, resamples=2)
     policy = load_policy(str(out / "first_policy"))
-    row, episodes = study.measure_credit(wanted_of_study, config, policy, make_envs("coin", [], 24))
+    row, episodes = study.measure_credit(wanted_of_study, config, Accelerator(), policy, make_envs("coin", [], 24))
     wanted = largest_by_loop(episodes)
     assert [row["modulation"]["entropy"] for row in episodes] == [pytest.approx(entropies) for entropies in wanted]
     flat, fifths = [h for entropies in wanted for h in entropies], row["credit_by_entropy"]
