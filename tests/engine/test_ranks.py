@@ -6,6 +6,7 @@ import re
 import shutil
 import subprocess
 import sys
+from dataclasses import asdict
 from pathlib import Path
 from statistics import mean
 from types import SimpleNamespace
@@ -287,7 +288,8 @@ def test_mixed_precision_is_written_with_the_run_and_found_again(launched_with, 
 def test_precisions_that_differ_are_refused_in_one_line(runs, launcher, message, launched_with, tmp_path, evaluate):
     for number, precision in enumerate(runs):
         (tmp_path / f"a{number}" / "x").mkdir(parents=True)
-        (tmp_path / f"a{number}" / "x" / "state.json").write_text(json.dumps({"mixed_precision": precision}))
+        state = {"mixed_precision": precision, "config": asdict(TrainConfig(env="coin"))}
+        (tmp_path / f"a{number}" / "x" / "state.json").write_text(json.dumps(state))
     launched_with(launcher)
     players = [str(tmp_path / f"a{number}" / "x") for number in range(len(runs))]
     with pytest.raises(RecordError, match=message) as end:
