@@ -4,8 +4,9 @@
     python -m tools.bench --only sampler     the sampler against the usual `generate` loop alone
 
 On a GPU the models have the shapes of SmolLM2-135M and Qwen2.5-1.5B, in bf16, and all should fit four minutes on an
-H200. On a CPU they have 3 and 34 million weights. Weights are random. Each figure is printed as soon as it is there.
-The slow `generate` loop comes last. Speeds depend on the machine, so what counts are shares and ratios.
+H200. On a CPU they have 3 and 34 million weights, and all takes a quarter of an hour on two cores. Weights are random.
+Each figure is printed as soon as it is there. The slow `generate` loop comes last. Speeds depend on the machine, so
+what counts are shares and ratios.
 """
 
 import gc

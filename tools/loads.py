@@ -61,7 +61,7 @@ class Load:
 LOADS = {
     "cpu": {
         "3M": Load((192, 704, 5, 6, 2, 4096), episodes=32, trained=32, step_tokens=16, context=1024, rows=4),
-        "34M": Load((512, 2048, 9, 8, 2, 1024), episodes=32, trained=16, step_tokens=32, context=2048, rows=2),
+        "34M": Load((512, 2048, 9, 8, 2, 1024), episodes=32, trained=8, step_tokens=32, context=2048, rows=2),
     },
     "cuda": {
         "135M": Load((576, 1536, 30, 9, 3, 49_152), episodes=64, trained=64, step_tokens=40, context=2048, rows=8),
