@@ -18,7 +18,7 @@ from empg import AGGREGATIONS
 from envs import ENVIRONMENTS, held_out_splits, make_config, require_split
 
 Config = TypeVar("Config")
-MOST_SEED, MOST_THREADS = 2**63 - 1, 4096  # PyTorch takes no more of either
+MOST_SEED, MOST_THREADS = 2**63 - 1, 4096
 
 # The defaults that an algorithm gives to the flags marked *. Each of them can be set on its own.
 ALGORITHMS = {

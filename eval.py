@@ -27,8 +27,8 @@ from accelerate import Accelerator
 from scipy import stats
 
 from config import EvalConfig, TrainConfig, fail, given_flags, parse_config
-from engine.checkpoint import evaluation_of, verify_checkpoint, world_settings
-from engine.files import replace_file, replacing, require_writable_file
+from engine.checkpoint import evaluation_of, world_settings
+from engine.files import replace_file, replacing, require_undamaged, require_writable_file
 from engine.ranks import explain_out_of_memory, play_over_ranks, start_ranks, weights_for_sampling
 from engine.record import precision_of
 from engine.sampler_check import require_exact_sampling
@@ -71,8 +71,8 @@ def first_tasks(env: Env, name: str, split: str, number: int) -> list[Task]:
 @explain_out_of_memory("loading the policy", "take a smaller model")
 def load_player(path: str, config: EvalConfig | TrainConfig, accelerator: Accelerator) -> Policy:
     """The policy of a folder or a hub id, on this device. Raises PolicyError if it cannot be loaded or sampled from."""
-    if (Path(path) / "state.json").exists():
-        verify_checkpoint(Path(path))
+    if accelerator.is_main_process:
+        require_undamaged(Path(path))
     policy = load_policy(path)
     policy.model.to(accelerator.device)
     with weights_for_sampling(accelerator, policy.model):
@@ -228,7 +228,7 @@ def parse_eval_config(argv: Sequence[str] | None = None) -> EvalConfig:
     given, defaults = given_flags(EvalConfig, argv), {}
     typed = given.pop("env_args", [])
     for player in given.get("compare") or [given.get("policy", EvalConfig.policy)]:
-        own = evaluation_of(player)
+        own = evaluation_of(player, strict="env" not in given)
         if own and given.get("env", own["env"]) != own["env"]:
             own = {name: own[name] for name in ("seed", "temperature", "max_step_tokens", "max_tokens")}
         elif own:

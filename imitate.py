@@ -54,8 +54,10 @@ def first_policy(config: TrainConfig, accelerator: Accelerator, env: Env, link: 
     cache, the main process makes it; the others wait.  link: to that of a run which is resumed."""
     if not config.demonstrations:
         return str(link) if link and link.exists() else config.policy
-    if link and not config.kl_coef:
-        return str(link)  # a resumed run needs it as its reference alone
+    if link and not config.kl_coef:  # a resumed run needs it as its reference alone
+        if not link.exists():
+            tqdm.write(f"{link} is lost; the run goes on without it")
+        return str(link)
     folder = [""]
     if accelerator.is_main_process:
         # The warm starts of older runs have no checksums.

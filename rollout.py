@@ -20,7 +20,7 @@ import torch
 from tqdm import tqdm
 
 from engine.sampler import Sampler
-from engine.world_errors import aborting, require_none_aborted
+from engine.world_errors import aborting
 from envs import Env, Player, parse_response
 from episode import Episode, Step, Task
 from policy import Policy
@@ -170,5 +170,7 @@ def play_scripted(
         while not episode.done:
             with aborting(episode):  # the player asks the environment what can be done
                 _act(episode, env, *player(env, [step.action for step in episode.steps], rng))
-        episodes += require_none_aborted([episode], desc) if strict else [episode]
+        if strict and episode.aborted:
+            raise SystemExit(f"{desc}: an episode was aborted: {episode.info['error']}")
+        episodes.append(episode)
     return episodes

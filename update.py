@@ -4,6 +4,7 @@ All ranks hold the whole batch and take every n-th row of each mini-batch. The n
 mini-batch, so its gradient is the same however the rows are divided into micro-batches and among ranks.
 """
 
+import math
 from collections import defaultdict
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -93,9 +94,9 @@ def update(config: TrainConfig, learner: Learner, batch: Batch, advantage: Tenso
 
         # 6 clip and step
         grad_norm = to_float(accelerator.clip_grad_norm_(learner.model.parameters(), MAX_GRAD_NORM))
-        if accelerator.scaler is None:  # that of fp16 leaves out a step whose gradients overflow
-            require_finite(grad_norm, [batch.episodes[row] for row in rows])
-        sums["grad_norm"] += grad_norm
+        # The scaler of fp16 leaves out a step that overflows, and halves its scale.
+        if accelerator.scaler is None or math.isfinite(grad_norm) or accelerator.scaler.get_scale() < 1:
+            sums["grad_norm"] += require_finite(grad_norm, [batch.episodes[row] for row in rows])
         learner.optimizer.step()
         learner.optimizer.zero_grad()
         sums["learning_rate"] += learner.optimizer.param_groups[0]["lr"]

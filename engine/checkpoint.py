@@ -19,7 +19,6 @@ from pickle import UnpicklingError
 
 import torch
 from accelerate import Accelerator
-from huggingface_hub import try_to_load_from_cache
 from torch.distributed.checkpoint.api import CheckpointException
 from tqdm import tqdm
 
@@ -27,7 +26,7 @@ from config import EvalConfig, TrainConfig, fail
 from engine.files import CHECKSUMS, checksums, content_digest, read_json, write_checksums
 from engine.ranks import full_weights, load_shards, save_shards
 from envs import held_out_splits, setting_types
-from policy import Policy, load_config, refused
+from policy import Policy
 
 SHARDS = "shards"  # the folder of a sharded model and its optimizer, within a checkpoint
 KEEP = 2  # the newest and the one before it
@@ -250,7 +249,7 @@ def checkpoint_path(out: Path, iteration: int) -> Path:
     return out / f"checkpoint-{iteration:06d}"
 
 
-def evaluation_of(player: str) -> dict:
+def evaluation_of(player: str, strict: bool = True) -> dict:
     """How its training run evaluated a player, as values of EvalConfig; {} if it does not come from a run.
 
     They stand beside a checkpoint's weights, and for the policy that a run started from in the run's own folder. Flags
@@ -267,7 +266,7 @@ def evaluation_of(player: str) -> dict:
             own["env_args"] = [str(arg) for arg in saved["env_args"]]
             return own | {"split": [saved["eval_split"] or first], "tasks": saved["eval_tasks"]}
         except (OSError, ValueError, KeyError, TypeError) as error:
-            if file.name == "state.json" and file.exists():
+            if strict and file.name == "state.json" and exists(file):
                 raise CheckpointError(f"{file} does not say how it was trained: {error}") from error
     return {}
 
@@ -288,20 +287,12 @@ def world_settings(folder: Path | str, env: str, saved: list[str], typed: list[s
 
 
 def sources_of(config: TrainConfig) -> dict[str, str]:
-    """A digest of every file or folder that a flag names, by flag: the policy, and sources of the world. Of a policy on
-    the hub, its commit there. Raises PolicyError if there is none."""
+    """A digest of every file or folder that a flag names, by flag: the policy, and sources of the world."""
     settings = dict(arg.partition("=")[::2] for arg in config.env_args)
     named = {f"--env_args {name}": (settings[name], "**/*") for name in settings.keys() & _sources(config.env)}
-    digests = {}
-    if config.policy_kind != "tiny" and exists(config.policy):
+    if config.policy_kind != "tiny":
         named["--policy"] = config.policy, "*"  # a run may write to a folder within that of its policy
-    elif config.policy_kind != "tiny" and config.kl_coef:  # without a reference it is not read again
-        with refused(f"no policy at {config.policy!r}"):
-            load_config(config.policy)  # downloads the newest
-            digests["--policy"] = Path(try_to_load_from_cache(config.policy, "config.json")).parent.name
-    return digests | {
-        flag: content_digest(Path(path), files) for flag, (path, files) in named.items() if path and exists(path)
-    }
+    return {flag: content_digest(Path(path), files) for flag, (path, files) in named.items() if path and exists(path)}
 
 
 def verify_checkpoint(folder: Path) -> None:

@@ -75,7 +75,7 @@ def replacing(path: Path) -> Iterator[Path]:
     A device or a pipe is written to directly. Raises RecordError if the file cannot be written.
     """
     with naming_the_file(path):
-        if path.exists() and not path.is_file():
+        if Path("/dev") in path.parents or (path.exists() and not path.is_file()):
             yield path
             return
         aside = path.with_name(f".{path.name}.partial")
@@ -118,6 +118,19 @@ def lock_of(folder: Path) -> FileLock:
 
 def write_checksums(folder: Path) -> None:
     (folder / CHECKSUMS).write_text(json.dumps(checksums(folder), indent=1), encoding="utf-8")
+
+
+def require_undamaged(folder: Path) -> None:
+    """Raises RecordError naming a file of a saved policy that is not as its checksum says. What training alone needs is
+    not read, and what is not in the list of checksums does not matter."""
+    try:
+        expected = dict(read_json(folder / CHECKSUMS))
+    except (OSError, TypeError, ValueError):
+        return
+    for path in (folder / name for name in expected):
+        own = path.parent == folder and path.suffix != ".pt" and path.is_file()
+        if own and _digest(path) != expected[path.name]:
+            raise RecordError(f"{path} is damaged")
 
 
 def own_and_foreign(folder: Path) -> tuple[set[str], set[str]]:

@@ -113,7 +113,7 @@ class Record:
         self.config, self.accelerator, self.out = config, accelerator, Path(config.out)
         self.started, self.seconds, self.captured, self.warned = time.perf_counter(), {}, 0.0, False
         if accelerator.is_main_process:
-            if (self.out / "config.json").exists() and not _is_run(self.out / "config.json"):
+            if not _is_run(self.out / "config.json"):
                 raise RecordError(f"{self.out} holds no run but another config.json; choose another --out")
             for folder in (self.out / "transcripts", self.out / "episodes", Path(config.cache)):
                 require_writable(folder)
@@ -231,6 +231,7 @@ class Record:
             replace_file(self.out / "result.json", json.dumps(summaries, indent=1))
             try:
                 with naming_the_file(self.out / "curves.png"):
+                    (self.out / "curves.png").unlink(missing_ok=True)  # a link may lead out of the folder
                     draw_curves(self.out / "metrics.jsonl", self.out / "curves.png")
             except ValueError as error:  # somebody else wrote to the log
                 self.say(f"no curves: {error}")
@@ -238,7 +239,7 @@ class Record:
 
 def _is_run(config: Path) -> bool:
     """Whether a config.json is of a run, and not of a model. A damaged one counts as a run's: it is written again."""
-    with suppress(OSError, ValueError):
+    with suppress(OSError, TypeError, ValueError):
         return "model_type" not in read_json(config)
     return True
 

@@ -53,15 +53,8 @@ from train import assign_credit, score
 from update import sampled_logp
 
 FIRST_TASK = 10**8  # beyond every task that a run trains on, where a world has a task for every seed
-COMPARED = [
-    "grpo",
-    "grpo_scaling",
-    "grpo_bonus",
-    "grpo_empg",
-    "grpo_empg_rank",
-    "grpo_empg_mixed",
-    "grpo_empg_reversed",
-]
+COMPARED = ["grpo", "grpo_scaling", "grpo_bonus", "grpo_empg"]
+COMPARED += ["grpo_empg_rank", "grpo_empg_mixed", "grpo_empg_reversed"]
 FIFTHS = 5
 MOST_NUMBERS = 10**9  # of all gradients together
 
@@ -282,7 +275,9 @@ def measure_credit(
         "f": agreement({"f": flat("grpo_empg", "f")}, true, group, credit.resamples)["f"],
         "credit": agreement(given, true, group, credit.resamples),
     }
-    if len(methods) * groups * policy.model.num_parameters() <= MOST_NUMBERS:
+    if len(methods) * groups * policy.model.num_parameters() > MOST_NUMBERS:
+        print("the gradients of this model do not fit memory, and are left out")
+    else:
         products = gradient_products(policy, episodes, [*given.values(), true], config)
         row["update"] = gradient_measures(methods, products, config.tasks_per_iteration, credit.resamples)
     kept = []
@@ -298,18 +293,21 @@ def measure_credit(
 
 def flags_of(config: TrainConfig) -> str:
     """A command of train.py that makes this configuration, without the folders."""
-    plain = asdict(TrainConfig(algorithm=config.algorithm))
-    own = {name: value for name, value in asdict(config).items() if value != plain[name] or name == "algorithm"}
-    words = [(f"--{name}", *(value if isinstance(value, list) else [str(value)])) for name, value in own.items()]
-    return shlex.join(["train.py", *(word for flag in words for word in flag if flag[0] not in ("--out", "--cache"))])
+    plain = asdict(TrainConfig(algorithm=config.algorithm)) | {"algorithm": None}
+    return _command(["train.py"], config, plain, {"out", "cache"})
 
 
 def command_of(credit: CreditConfig) -> str:
     """The command that makes the row again. The file of the rows is left out, since it is a place on one machine."""
     plain = asdict(CreditConfig(run="", checkpoint=0)) | {"run": None, "checkpoint": None}
-    own = {name: value for name, value in asdict(credit).items() if name != "results" and value != plain[name]}
-    words = [(f"--{name}", *(value if isinstance(value, list) else [str(value)])) for name, value in own.items()]
-    return shlex.join(["python", "-m", "paper.credit", *(word for flag in words for word in flag)])
+    return _command(["python", "-m", "paper.credit"], credit, plain, {"results"})
+
+
+def _command(start: list[str], config: TrainConfig | CreditConfig, plain: dict, without: set[str]) -> str:
+    """A command with the flags that differ from the plain ones."""
+    own = {name: value for name, value in asdict(config).items() if name not in without and value != plain[name]}
+    flags = [[f"--{name}", *(value if isinstance(value, list) else [str(value)])] for name, value in own.items()]
+    return shlex.join([*start, *(word for flag in flags for word in flag)])
 
 
 def main() -> None:

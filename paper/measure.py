@@ -39,14 +39,13 @@ def measure(config: TrainConfig, tasks: int) -> dict:
     first, last = (load_player(str(folder), config, accelerator) for folder in folders)
     splits = [split for split in held_out_splits(config.env) if has_tasks(envs[0], split)]
     held_out = [task for split in splits for task in first_tasks(envs[0], config.env, split, tasks)]
-    limits = {"max_step_tokens": config.max_step_tokens, "max_tokens": config.max_tokens}
-    calm = EvalConfig(temperature=0.0, seed=config.seed, **limits)
+    calm = EvalConfig(**config.limits | {"temperature": 0.0}, seed=config.seed)
     played, greedy = (evaluate(last, envs, held_out, how, accelerator) for how in (config, calm))
     texts = evaluate(first, envs, held_out[:TEXTS], config, accelerator)
     with weights_for_sampling(accelerator, first.model), weights_for_sampling(accelerator, last.model):
-        kept = {int(path.stem): load_episodes(path) for path in sorted((run / "episodes").glob("*.jsonl"))}
         # The policy that sampled the episodes of iteration t has taken the updates of t - 1 iterations.
-        drift = [[iteration - 1, kl_to(first, episodes)] for iteration, episodes in kept.items()]
+        kept = sorted((run / "episodes").glob("*.jsonl"))
+        drift = [[int(path.stem) - 1, kl_to(first, load_episodes(path))] for path in kept]
         drift.append([config.iterations, kl_to(first, played[:TEXTS])])
         measured = {
             "kl": drift,

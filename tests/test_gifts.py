@@ -22,6 +22,7 @@ from torch import nn
 from config import TrainConfig
 from engine import checkpoint, ranks
 from engine.checkpoint import CheckpointError
+from engine.files import RecordError
 from eval import load_player, parse_eval_config
 from imitate import count_parameters
 from policy import PolicyError, load_policy
@@ -70,7 +71,8 @@ def test_a_damaged_checkpoint_is_not_measured(house_policy, tmp_path):
     checkpoint.write_folder(tmp_path / "checkpoint-000001", house_policy.save, {})
     weights = tmp_path / "checkpoint-000001" / "model.safetensors"
     weights.write_bytes(weights.read_bytes()[:-1000] + bytes(1000))
-    with pytest.raises(CheckpointError, match=r"cannot be used: model.safetensors is damaged"):
+    (weights.parent / "notes.txt").write_text("a file of mine")
+    with pytest.raises(RecordError, match=r"model.safetensors is damaged$"):
         load_player(str(tmp_path / "checkpoint-000001"), TrainConfig(), Accelerator(cpu=True))
 
 

@@ -20,6 +20,7 @@ from engine import sampler_check
 from engine.ranks import weights_for_sampling
 from engine.record import update_metrics
 from engine.scorer import checkpoint_layers
+from engine.stopping import NotFiniteError
 from envs import make_envs
 from episode import Task, collate
 from policy import Policy, PolicyError
@@ -169,12 +170,16 @@ def test_a_step_that_overflows_in_fp16_is_left_out_and_the_next_one_is_taken(hou
     accelerator.scaler = torch.amp.GradScaler("cpu", init_scale=2.0**127)
     learner = update.make_learner(config, accelerator, str(tmp_path), str(tmp_path))
     before = {name: weight.clone() for name, weight in learner.policy.model.state_dict().items()}
-    assert not math.isfinite(update.update(config, learner, batch, 1e6 * advantage, 1)["grad_norm"])
+    assert update.update(config, learner, batch, 1e6 * advantage, 1)["grad_norm"] == 0
     assert accelerator.scaler.get_scale() == 2.0**126
     assert all(torch.equal(weight, before[name]) for name, weight in learner.policy.model.state_dict().items())
     accelerator.scaler.update(1024.0)
-    assert math.isfinite(update.update(config, learner, batch, advantage, 2)["grad_norm"])
+    assert 0 < update.update(config, learner, batch, advantage, 2)["grad_norm"] < math.inf
     assert not torch.equal(learner.policy.model.lm_head.weight, before["lm_head.weight"])
+    accelerator.scaler.update(0.5)
+    accelerator.clip_grad_norm_ = lambda *_: torch.tensor(math.nan)
+    with pytest.raises(NotFiniteError):  # no scale is small enough
+        update.update(config, learner, batch, advantage, 3)
 
 
 def test_gradient_checkpointing_is_on_while_learning(house_policy, batch, advantage, tmp_path):

@@ -75,7 +75,7 @@ def measure_iterations(load: Load, learner: Learner, shape: Shape, machine: Mach
             timed(rollout, "_reset") as reset,
             timed(rollout, "_act") as act,
         ):
-            sampling, episodes = clock(play, load, policy, envs, 0)
+            sampling, episodes = clock(play, load, policy, envs)
         batch = collate(episodes, policy.device)
         batch.reward[::2] = 1.0  # a group whose rewards are equal has nothing to learn
         updating, _ = clock(update, config, learner, batch, step_advantage(config, batch), iteration)
@@ -149,7 +149,7 @@ def measure_sampler(load: Load, policy: Policy) -> Iterator[dict[str, float]]:
     """
     envs = make_envs("house", [f"max_steps={load.turns}"], load.episodes)
     policy.memory = None  # graphs are captured within the time
-    took, episodes = clock(play, load, policy, envs, 0)
+    took, episodes = clock(play, load, policy, envs)
     steps = [step for episode in episodes for step in episode.steps]
     ours = sum(step.end - step.start for step in steps) / took
     yield {"turns an episode": len(steps) / len(episodes), "sampler, sampled tokens a second": ours}
@@ -174,7 +174,7 @@ def measure(
         with weights_for_sampling(accelerator, learner.policy.model):
             figures, bandwidth, layer = measure_decode(load, learner.policy, shape, compute, bench.repeats)
         yield name, figures
-        figures, flop = measure_update(load, learner, shape, bench.repeats)
+        figures, flop = measure_update(load, learner, shape, layer, bench.repeats)
         yield name, figures
         machine = Machine(layer, flop, bandwidth, compute=compute)
         yield from ((name, figures) for figures in measure_iterations(load, learner, shape, machine))

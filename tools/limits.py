@@ -1,5 +1,6 @@
 """How near a decode step and an update come to what the machine can do, and what takes their time."""
 
+import math
 import statistics
 from collections import defaultdict
 from collections.abc import Callable
@@ -34,7 +35,7 @@ def measure_decode(load: Load, policy: Policy, shape: Shape, compute: int, repea
     token = sum(buffer[0, :, 0].numel() * buffer.element_size() for buffer in buffers)  # bytes of its keys and values
     weights = compute * (shape.body + shape.width * shape.vocabulary)
     moved = weights + token * episodes * (columns + tokens * (repeats + 2) // 2)
-    bandwidth, copy = moved / step, copy_bandwidth(policy.device)
+    copy = copy_bandwidth(policy.device)
     sampler.memory.count.zero_()
     # Not as a graph, in which no operation has a name.
     parts = profiled(sampler._decode, len(sampler.memory.ids), sampler.memory.columns - 1)
@@ -44,9 +45,11 @@ def measure_decode(load: Load, policy: Policy, shape: Shape, compute: int, repea
         "decode step, ms": 1000 * step,
         "decode step, GB that it must read": moved / 1e9,
         "copy bandwidth, GB a second": copy / 1e9,
-        "decode step, share of the bandwidth": bandwidth / copy,
+        "decode step, share of the bandwidth": moved / step / copy,
         "decode step of one short episode, ms": 1000 * short,
     } | {f"decode step, ms of {part}": 1000 * spent for part, spent in parts.items()}
+    # Both steps read the weights and take the fixed time of every layer. The rest is the cache.
+    bandwidth = (moved - weights) / (step - short) if step > short else moved / step
     return figures, bandwidth, max(0.0, short - weights / bandwidth) / shape.layers
 
 
@@ -61,12 +64,14 @@ def decode_step(sampler: Sampler, histories: list[list[int]], repeats: int) -> f
     return statistics.median(times[1:])  # the first captures graphs
 
 
-def measure_update(load: Load, learner: Learner, shape: Shape, repeats: int) -> tuple[dict, float]:
+def measure_update(load: Load, learner: Learner, shape: Shape, layer: float, repeats: int) -> tuple[dict, float]:
     """Share of the matrix peak in an update of `rows` episodes of `context` tokens, and what takes the time.
 
     Counted are the operations of the model's forward and backward pass. What is computed a second time is not counted:
     the head, and with gradient checkpointing all layers, so that 75 % is the most that can be reached there. The
-    policy sampled a third of the tokens.  Returns figures, and operations a second with all that is computed.
+    policy sampled a third of the tokens.
+
+    layer: fixed time of a layer, seconds.  Returns figures, and operations a second, recomputation counted.
     """
     rows, length, device = load.rows, load.context, learner.policy.device
     config = replace(load.config, tasks_per_iteration=1, group_size=rows)
@@ -84,7 +89,9 @@ def measure_update(load: Load, learner: Learner, shape: Shape, repeats: int) -> 
         "matrix peak, Tflop a second": peak / 1e12,
         "update, share of the matrix peak": operations / step / peak,
     } | {f"update, seconds of {part}": spent for part, spent in parts.items()}
-    return figures, seconds(shape, work, Machine(layer=0, flop=1), config)["update"] / step
+    ideal, fixed = Machine(layer=0, flop=1), Machine(layer, flop=math.inf)
+    flop, overhead = (seconds(shape, work, machine, config)["update"] for machine in (ideal, fixed))
+    return figures, flop / max(step - overhead, 1e-3 * step)
 
 
 def random_batch(rows: int, length: int, device: torch.device) -> Batch:

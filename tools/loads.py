@@ -95,10 +95,10 @@ def random_learner(accelerator: Accelerator, load: Load) -> Learner:
         return make_learner(load.config, accelerator, folder, folder)
 
 
-def play(load: Load, policy: Policy, envs: list[Env], seed: int) -> list[Episode]:
+def play(load: Load, policy: Policy, envs: list[Env]) -> list[Episode]:
     """An episode in each of the environments, in groups of one task."""
     tasks = [Task("house", "train", i // load.config.group_size) for i in range(len(envs))]
-    return rollout(policy, envs, tasks, [("bench", seed, i) for i in range(len(tasks))], **load.config.limits)
+    return rollout(policy, envs, tasks, [("bench", i) for i in range(len(tasks))], **load.config.limits)
 
 
 def step_advantage(config: TrainConfig, batch: Batch) -> torch.Tensor:

@@ -182,18 +182,6 @@ def test_resume_sees_that_what_a_flag_names_has_changed(flag, saved, tmp_path):
     assert run_position(resumed, "no")[1].sources.keys() == named.keys()
 
 
-def test_resume_sees_that_a_policy_on_the_hub_has_moved(saved, monkeypatch, tmp_path):
-    place = tmp_path / "snapshots" / "first commit" / "config.json"
-    monkeypatch.setattr(checkpoint, "load_config", lambda policy: None)
-    monkeypatch.setattr(checkpoint, "try_to_load_from_cache", lambda policy, file: str(place))
-    flags = {"policy": "some/model", "env": "coin", "out": str(tmp_path / "run"), "kl_coef": 0.1}
-    saved(TrainConfig(**flags))
-    assert run_position(TrainConfig(**flags, resume=True), "no")[1].sources == {"--policy": "first commit"}
-    place = tmp_path / "snapshots" / "second commit" / "config.json"
-    with pytest.raises(CheckpointError, match=r"^what --policy names is not what .+ was trained with; .+$"):
-        run_position(TrainConfig(**flags, resume=True), "no")
-
-
 def test_caches_and_hidden_files_of_a_source_do_not_count(tmp_path):
     (tmp_path / "code.py").write_text("1")
     before = content_digest(tmp_path, "**/*")

@@ -405,7 +405,10 @@ def test_settings_that_are_no_dataclass(mine, config):
         make_config("mine", [])
 
 
-@pytest.mark.parametrize("splits", [(), ("train",), "train", ["train", "eval"], None, {"train"}, ("train", 1)])
+SPLITS = [(), ("train",), "train", ["train", "eval"], ("eval", "train"), None, {"train"}, ("train", 1)]
+
+
+@pytest.mark.parametrize("splits", SPLITS)
 def test_splits_of_another_form(mine, splits):
     mine(splits=splits)
     with pytest.raises(WorldError, match=r"^mine: its splits must be a tuple, train and then others, got .+$"):
@@ -431,7 +434,7 @@ def test_a_world_whose_every_step_breaks_ends_a_run_and_an_evaluation(mine, run,
         run(env="mine", policy=str(whole / "first_policy"), demonstrations=0, learning_rate=1e-4)
     with pytest.raises(SystemExit, match=f"^all 5 {everything}"):
         evaluate("--env", "mine", "--policy", "oracle")
-    with pytest.raises(SystemExit, match=r"^1 of 1 demonstrations were aborted: mine\.step: OSError: no engine$"):
+    with pytest.raises(SystemExit, match=r"^demonstrations: an episode was aborted: mine\.step: OSError: no engine$"):
         run("other", env="mine", demonstrations=4)
     mine(broken(step=lambda *values: (*values[:2], False, False, values[-1])))
     with pytest.raises(SystemExit, match=rf"mine\.step: the episode does not end: {MOST_STEPS} steps"):
