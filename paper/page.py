@@ -23,7 +23,7 @@ from pathlib import Path
 import numpy as np
 from jinja2 import Environment, StrictUndefined
 
-from engine.files import parse_json, read_json, replace_file
+from engine.files import RecordError, parse_json, read_json, replace_file
 
 TEMPLATE = Path(__file__).with_name("page.html")
 FOLDERS = {"credit": "true credit measured", "episodes": "training batch"}  # of a run -> label on the page
@@ -195,7 +195,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     try:
         html = page(read_run(args.run, args.iterations, args.max_groups))
         replace_file(out, html)
-    except (OSError, ValueError) as error:
+    except (OSError, RecordError, ValueError) as error:
         raise SystemExit(f"paper.page: {error}") from error
     print(f"{out}: {len(html) / 1e3:.0f} kB")
 

@@ -215,7 +215,7 @@ def test_a_line_that_is_not_a_kept_episode_is_named(broken, records, tmp_path):
 def test_a_run_that_cannot_be_shown_is_refused_in_one_line(name, text, arguments, complaint, records, tmp_path):
     run = write_run(tmp_path, {"episodes/000002.jsonl": records})
     (run / name).unlink() if text is None else (run / name).write_text(text)
-    with pytest.raises(SystemExit, match=r"^(paper\.page: |could not write )") as error:
+    with pytest.raises(SystemExit, match=r"paper\.page: ") as error:
         page.main([str(run), *arguments])
     assert complaint in error.value.code
     assert "\n" not in error.value.code
