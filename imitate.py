@@ -90,9 +90,10 @@ def cold_start(config: TrainConfig, accelerator: Accelerator, env: Env) -> Path:
             dialogues = demonstrations(config, env)
             policy = tiny_policy(dialogues, TinyConfig(), config.seed)
         else:
-            policy = load_policy(config.policy)
-            require_context(policy.model.config, config.max_tokens)  # refused before the imitation, not after it
-            make_scorable(policy.model.to(accelerator.device))
+            with explain_out_of_memory("loading the policy", "take a smaller model"):
+                policy = load_policy(config.policy)
+                require_context(policy.model.config, config.max_tokens)  # refused before the imitation, not after it
+                make_scorable(policy.model.to(accelerator.device))
             dialogues = demonstrations(config, env)
         imitate(policy, dialogues, how)
         return policy

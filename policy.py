@@ -260,14 +260,14 @@ def _require_plain(plain: Tokenizer, tokenizer: PreTrainedTokenizerFast) -> None
 PLAIN = (None, "eager", "sdpa", "batched_mm", "grouped_mm")
 
 
-def load_policy(path: str, dtype: torch.dtype = torch.float32) -> Policy:
+def load_policy(path: str) -> Policy:
     """A policy from a folder or a hub id. Raises PolicyError, in one line, if there is none or it cannot be used."""
     with refused(f"no policy at {path!r}"):
         config = load_config(path)
         # Not AutoTokenizer: for some model types, Qwen2 among them, it replaces the saved pre-tokenizer by that of the
         # family. A tiny Qwen2 with a tokenizer of its own then reads ids that it was never trained on.
         tokenizer = PreTrainedTokenizerFast.from_pretrained(path, trust_remote_code=False)
-        model = AutoModelForCausalLM.from_pretrained(path, config=config, dtype=dtype, trust_remote_code=False)
+        model = AutoModelForCausalLM.from_pretrained(path, config=config, dtype=torch.float32, trust_remote_code=False)
         require_vocabulary(model.config, tokenizer)
         return Policy(model, tokenizer)
 

@@ -23,8 +23,8 @@ from torch.distributed.checkpoint.api import CheckpointException
 from tqdm import tqdm
 
 from config import EvalConfig, TrainConfig, fail
-from engine.files import CHECKSUMS, checksums, content_digest, read_json, write_checksums
-from engine.ranks import full_weights, load_shards, save_shards
+from engine.files import CHECKSUMS, checksums, content_digest, read_json, saved_checksums, write_checksums
+from engine.ranks import explain_out_of_memory, full_weights, load_shards, save_shards
 from envs import held_out_splits, setting_types
 from policy import Policy
 
@@ -158,7 +158,10 @@ def newest_good(saved: list[Path]) -> Path:
 def save(
     out: Path, state: RunState, accelerator: Accelerator, policy: Policy, optimizer: torch.optim.Optimizer
 ) -> Path:
-    """Write the checkpoint of this iteration, unless it is there already; all ranks call this together."""
+    """Write the checkpoint of this iteration, unless it is there already; all ranks call this together.
+
+    Older ones but KEEP are deleted.
+    """
     folder = checkpoint_path(out, state.iteration)
     if state.saved != state.iteration:
         state.saved, weights = state.iteration, full_weights(policy.model)
@@ -167,8 +170,20 @@ def save(
         except (Exception, CheckpointException) as error:  # torch raises an error of its own when a disk is full
             reason = f"could not save {folder} ({_reason(error)}); earlier checkpoints are untouched"
             raise CheckpointError(reason) from error
+
+        def write(aside: Path) -> None:
+            policy.save(aside, weights)
+            if shards:
+                os.replace(shards, aside / SHARDS)
+            else:
+                torch.save(optimizer.state_dict(), aside / "optimizer.pt")
+
         if accelerator.is_main_process:
-            save_checkpoint(folder, policy, optimizer, asdict(state), weights, shards)
+            write_folder(folder, write, asdict(state))
+            # A newer, damaged checkpoint may exist; it does not count towards KEEP.
+            saved = checkpoints(out)
+            for old in saved[: saved.index(folder) + 1][:-KEEP]:
+                shutil.rmtree(old, ignore_errors=True)
     accelerator.wait_for_everyone()
     return folder
 
@@ -184,33 +199,6 @@ def keep_best(out: Path, state: RunState, accelerator: Accelerator, policy: Poli
         if accelerator.is_main_process:
             write_folder(out / "best", partial(policy.save, weights=weights), asdict(state))
     accelerator.wait_for_everyone()
-
-
-def save_checkpoint(
-    folder: Path,
-    policy: Policy,
-    optimizer: torch.optim.Optimizer,
-    state: dict,
-    weights: dict[str, torch.Tensor] | None = None,
-    shards: Path | None = None,
-) -> None:
-    """Write a checkpoint, see `write_folder`. Older ones but KEEP are deleted.
-
-    state: what resuming needs beside weights and optimizer, JSON.  weights, shards: of a sharded model (ranks.py).
-    """
-
-    def write(aside: Path) -> None:
-        policy.save(aside, weights)
-        if shards:
-            os.replace(shards, aside / SHARDS)
-        else:
-            torch.save(optimizer.state_dict(), aside / "optimizer.pt")
-
-    write_folder(folder, write, state)
-    # A newer, damaged checkpoint may exist; it does not count towards KEEP.
-    saved = checkpoints(folder.parent)
-    for old in saved[: saved.index(folder) + 1][:-KEEP]:
-        shutil.rmtree(old, ignore_errors=True)
 
 
 def write_folder(folder: Path, write: Callable[[Path], None], state: dict) -> None:
@@ -297,13 +285,11 @@ def sources_of(config: TrainConfig) -> dict[str, str]:
 
 def verify_checkpoint(folder: Path) -> None:
     """Raises CheckpointError naming the first file that is missing or not what was written."""
+    expected = saved_checksums(folder)
     try:
-        expected = read_json(folder / CHECKSUMS)
         actual = checksums(folder)
-    except (OSError, ValueError) as error:
-        raise CheckpointError(f"{folder} is no complete checkpoint ({error})") from error
-    if not isinstance(expected, dict):
-        raise CheckpointError(f"{folder} is no complete checkpoint ({CHECKSUMS} holds no checksums)")
+    except OSError as error:
+        raise CheckpointError(f"{folder} cannot be read: {error}") from error
     for name in sorted({"state.json", *expected, *actual}):
         if expected.get(name) != actual.get(name) or name not in actual:
             state = "missing" if name not in actual else "damaged" if name in expected else f"not in {CHECKSUMS}"
@@ -313,8 +299,10 @@ def verify_checkpoint(folder: Path) -> None:
 def restore(folder: Path, policy: Policy, optimizer: torch.optim.Optimizer) -> None:
     """Restore the optimizer of a policy that was loaded from this checkpoint, in place; a sharded model, too."""
     try:
-        if not load_shards(folder / SHARDS, policy.model, optimizer):
-            load_optimizer(folder, optimizer)
+        with explain_out_of_memory("loading the optimizer", "take a smaller model, or divide it with --fsdp"):
+            if not load_shards(folder / SHARDS, policy.model, optimizer):
+                saved = torch.load(folder / "optimizer.pt", weights_only=True, map_location="cpu")
+                optimizer.load_state_dict(saved)
     except (Exception, CheckpointException) as error:  # the latter, of shards, is none of the former
         raise CheckpointError(f"{folder} cannot be restored: {_reason(error)}") from error
 
@@ -334,8 +322,3 @@ def link_first_policy(link: Path, policy: str) -> None:
         link.parent.mkdir(parents=True, exist_ok=True)
         link.unlink(missing_ok=True)
         link.symlink_to(Path(policy).resolve(), target_is_directory=True)
-
-
-def load_optimizer(folder: Path, optimizer: torch.optim.Optimizer) -> None:
-    """Restore the optimizer, in place."""
-    optimizer.load_state_dict(torch.load(folder / "optimizer.pt", weights_only=True, map_location="cpu"))

@@ -8,6 +8,7 @@ Lines differ in marker or line style, so that a print in grey can be read, too.
 
 from argparse import ArgumentParser, RawDescriptionHelpFormatter
 from collections.abc import Sequence
+from itertools import cycle
 from pathlib import Path
 
 from matplotlib.axes import Axes
@@ -62,8 +63,10 @@ def draw_curves(metrics: Path, picture: Path) -> Figure:
     figure = Figure(figsize=(10, 2.7 * height), layout="constrained")
     axes = figure.subplots(height, 2, sharex=True, squeeze=False)
     for axis, (quantity, lines) in zip(axes.flat, PANELS.items(), strict=False):
-        for color, (label, key, linestyle) in zip(LOOKS["color"], lines, strict=False):
-            axis.plot(*points(rows, key), color=color, linestyle=linestyle, label=label)
+        for color, (label, key, linestyle) in zip(cycle(LOOKS["color"]), lines, strict=False):
+            recorded = [row for row in rows if key in row]
+            x, y = [row["iteration"] for row in recorded], [row[key] for row in recorded]
+            axis.plot(x, y, color=color, linestyle=linestyle, label=label)
         axis.set(ylabel=quantity, ylim=(0, None))
     draw_held_out(axes[0, 0], metrics, rows, "held-out tasks, 95 % interval", look=1)
     for axis in axes.flat[: len(PANELS)]:
@@ -106,12 +109,6 @@ def draw_held_out(axis: Axes, metrics: Path, rows: list[dict], label: str, look:
     style = {name: values[look % len(values)] for name, values in LOOKS.items()}
     axis.errorbar(iterations, success, list(zip(*bars, strict=True)), label=label, capsize=3, **style)
     axis.set_ylim(0, 1)
-
-
-def points(rows: list[dict], key: str) -> tuple[list[float], list[float]]:
-    """Iterations and values of a metric, where it was recorded."""
-    recorded = [row for row in rows if key in row]
-    return [row["iteration"] for row in recorded], [row[key] for row in recorded]
 
 
 def main(argv: Sequence[str] | None = None) -> None:

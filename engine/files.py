@@ -123,25 +123,27 @@ def write_checksums(folder: Path) -> None:
 def require_undamaged(folder: Path) -> None:
     """Raises RecordError naming a file of a saved policy that is not as its checksum says. What training alone needs is
     not read, and what is not in the list of checksums does not matter."""
-    try:
-        expected = dict(read_json(folder / CHECKSUMS))
-    except (OSError, TypeError, ValueError):
-        return
-    for path in (folder / name for name in expected):
+    for name, digest in saved_checksums(folder).items():
+        path = folder / name
         own = path.parent == folder and path.suffix != ".pt" and path.is_file()
-        if own and _digest(path) != expected[path.name]:
+        if own and _digest(path) != digest:
             raise RecordError(f"{path} is damaged")
 
 
 def own_and_foreign(folder: Path) -> tuple[set[str], set[str]]:
     """The files in a folder that are as its checksums say, and the others. The file of checksums is in neither."""
-    actual = checksums(folder)
-    try:
-        expected = dict(read_json(folder / CHECKSUMS))
-    except (OSError, TypeError, ValueError):
-        expected = {}
+    actual, expected = checksums(folder), saved_checksums(folder)
     own = {name for name in actual if actual[name] == expected.get(name)}
     return own, actual.keys() - own
+
+
+def saved_checksums(folder: Path) -> dict[str, str]:
+    """What the folder's own list says; {} if it has none that can be read."""
+    try:
+        saved = read_json(folder / CHECKSUMS)
+    except (OSError, ValueError):
+        return {}
+    return saved if isinstance(saved, dict) else {}
 
 
 def checksums(folder: Path) -> dict[str, str]:

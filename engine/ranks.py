@@ -48,7 +48,7 @@ COMPUTE = {"bf16": torch.bfloat16, "fp16": torch.float16}  # by the name of Acce
 OFF = ("", "false", "no", "0", "none")
 # Settings of a launcher that would change the algorithm, and their values that do not. Accelerate obeys in silence.
 LAUNCHER = {
-    "ACCELERATE_GRADIENT_ACCUMULATION_STEPS": ("1",),  # divides every gradient: train.py makes its own micro-batches
+    "ACCELERATE_GRADIENT_ACCUMULATION_STEPS": ("1",),  # divides every gradient: update.py makes its own micro-batches
     "ACCELERATE_MIXED_PRECISION": ("no", *COMPUTE),  # fp8 replaces layers
     "ACCELERATE_DYNAMO_BACKEND": OFF,  # compiles the model, whose numbers are then not those of sampling
     "ACCELERATE_USE_DEEPSPEED": OFF,  # has its own optimizer, clipping and accumulation

@@ -26,6 +26,8 @@ from engine.files import RecordError, lock_of, naming_the_file, read_json, read_
 from engine.ranks import COMPUTE
 from episode import Batch, Episode, save_episodes, transcript
 
+OF_STEPS = ("entropy", "norm_entropy", "g", "f", "advantage")  # what a Modulation holds of each step
+
 # --------------------------------------------------------------------------------------------------------- metrics
 
 
@@ -53,8 +55,7 @@ def episode_metrics(episodes: list[Episode], group_size: int, errors: int) -> di
 
 def step_metrics(modulation: Modulation) -> dict:
     """Over the steps of all ranks: entropy, g, f, and the advantage that went into the loss."""
-    names = ("entropy", "norm_entropy", "g", "f", "advantage")
-    entropy, norm_entropy, g, f, advantage = (getattr(modulation, name)[modulation.valid] for name in names)
+    entropy, norm_entropy, g, f, advantage = (getattr(modulation, name)[modulation.valid] for name in OF_STEPS)
     return {
         "entropy/mean": float(entropy.mean()),
         "entropy/min": float(entropy.min()),
@@ -94,10 +95,7 @@ def modulated(episodes: list[Episode], credit: Modulation, tokenizer) -> list[di
     lines = []
     for i, episode in enumerate(episodes):
         sampled = [[token] for token, step in zip(episode.ids, episode.step_ids, strict=True) if step >= 0]
-        of_steps = {
-            name: getattr(credit, name)[i, : len(episode.steps)].tolist()
-            for name in ("entropy", "norm_entropy", "g", "f", "advantage")
-        }
+        of_steps = {name: getattr(credit, name)[i, : len(episode.steps)].tolist() for name in OF_STEPS}
         own = {"tokens": tokenizer.batch_decode(sampled), "modulation": {"base": float(credit.base[i]), **of_steps}}
         lines.append(asdict(episode) | own)
     return lines

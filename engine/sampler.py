@@ -29,7 +29,7 @@ from policy import Policy, PolicyError
 # For each type of device. First and second: the rows and columns of a decode step are rounded up to multiples of these.
 # Third: decode steps between two checks for the end. A check synchronises with the GPU.
 ROUNDING = {"cpu": (1, 1, 1), "cuda": (16, 256, 4)}
-CAPTURED = ("cuda",)  # types of device whose decode steps are captured
+CAPTURED = ("cuda",)  # types of device whose decode steps are captured, see `is_captured`
 READ_AT_ONCE = 2**15  # tokens of one forward pass, padding included; it bounds the memory
 
 
@@ -132,12 +132,18 @@ class Memory:
         self.uniform[: len(lengths)] = uniform.to(self.uniform.device)
 
 
+def is_captured(policy: Policy) -> bool:
+    """Whether decode steps are captured. Those of a sharded policy are not: each rollout gathers its weights at new
+    addresses, and the kernels of models that need sharding take longer than their launch."""
+    return policy.model.device.type in CAPTURED and not isinstance(policy.model, FSDPModule)
+
+
 def memory_of(policy: Policy, rows: int, tokens: int) -> Memory:
     """The memory that the policy keeps, if it is large enough and the weights are where they were. Otherwise a new one.
 
-    A sharded policy keeps none: each rollout gathers its weights at new addresses, and its update needs the room.
+    Without captured graphs a policy keeps none.
     """
-    if policy.model.device.type not in CAPTURED or isinstance(policy.model, FSDPModule):
+    if not is_captured(policy):
         return Memory(policy, rows, tokens)
     weights, kept = tuple(weight.data_ptr() for weight in policy.model.parameters()), policy.memory
     if kept is None or (kept.tokens, kept.weights) != (tokens, weights) or len(kept.ids) < rows:
@@ -172,7 +178,7 @@ class Sampler:
         self.rounding = ROUNDING.get(policy.model.device.type, ROUNDING["cpu"])
         # Eager attention adds the mask to the scores. A boolean one would add 1 for tokens that are seen, 0 for others.
         self.adds_mask = policy.model.config.get_text_config()._attn_implementation == "eager"
-        self.memory = memory_of(policy, _round_up(len(prompts), self.rounding[0]), max_step_tokens)
+        self.memory = memory_of(policy, round_up(len(prompts), self.rounding[0]), max_step_tokens)
         distinct = list(dict.fromkeys(tuple(ids[:-1]) for ids in prompts))
         self.lengths = [0] * len(distinct)  # tokens that the model has read, of each row
         self._reserve(max(map(len, distinct)))
@@ -207,7 +213,7 @@ class Sampler:
                 if not self.memory.open.any():
                     break
                 longest = int((self.memory.length + self.memory.open).max())
-            self._decode_or_replay(_round_up(len(pending), rows), _round_up(longest + unchecked, columns))
+            self._decode_or_replay(round_up(len(pending), rows), round_up(longest + unchecked, columns))
         sampled = (self.memory.ids, self.memory.logp, self.memory.entropy)
         of_rows = zip(*(column[: len(pending)].tolist() for column in sampled), strict=True)
         responses = [self._response(*row) for row in of_rows]
@@ -216,11 +222,10 @@ class Sampler:
 
     def _reserve(self, columns: int) -> None:
         """Grow the cache: by doubling, or to its end at once if graphs are captured, because growing discards them."""
-        memory, columns = self.memory, _round_up(columns, self.rounding[1])
+        memory, columns = self.memory, round_up(columns, self.rounding[1])
         if columns >= memory.columns:
-            most = _round_up(self.max_tokens, self.rounding[1]) + 1  # plus one column that padding is written to
-            captured = self.policy.model.device.type in CAPTURED
-            memory.columns, memory.graphs = most if captured else min(2 * columns, most), {}
+            most = round_up(self.max_tokens, self.rounding[1]) + 1  # plus one column that padding is written to
+            memory.columns, memory.graphs = most if is_captured(self.policy) else min(2 * columns, most), {}
             for layer in memory.cache.layers:
                 layer.capacity = (len(memory.ids), memory.columns)
 
@@ -243,18 +248,18 @@ class Sampler:
             number = torch.arange(width, device=device) - torch.tensor(padding, device=device)[:, None]
             slots = (torch.tensor(self.lengths[rows], device=device)[:, None] + number).where(number >= 0, -1)
             self.lengths[rows] = [length + len(row) for length, row in zip(self.lengths[rows], part, strict=True)]
-            logits.append(self._forward(ids, slots, rows, _round_up(max(self.lengths[rows]), self.rounding[1])))
+            logits.append(self._forward(ids, slots, rows, round_up(max(self.lengths[rows]), self.rounding[1])))
         return torch.cat(logits)
 
     def _decode_or_replay(self, rows: int, columns: int) -> None:
-        """A decode step. On a GPU, the first step of a shape is run and captured, and later ones are replayed."""
+        """A decode step. If they are captured, the first of a shape is run and captured, later ones are replayed."""
         graphs, shape = self.memory.graphs, (self.temperature, rows, columns)
         if shape in graphs:
             graphs[shape].replay()
             return
         start = time.perf_counter()
         self._decode(rows, columns)
-        if self.policy.model.device.type in CAPTURED:
+        if is_captured(self.policy):
             graphs[shape] = self._capture(rows, columns)
             self.policy.capture_seconds += time.perf_counter() - start
 
@@ -315,5 +320,5 @@ class Sampler:
         memory.count += 1
 
 
-def _round_up(number: int, multiple: int) -> int:
+def round_up(number: int, multiple: int) -> int:
     return -(-number // multiple) * multiple

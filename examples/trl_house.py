@@ -84,11 +84,7 @@ class AgentEnv:
 
 
 def make_trainer(
-    config: TrainConfig,
-    policy: str,
-    trainer: type[GRPOTrainer] = EMPGTrainer,
-    micro_batch_size: int = 16,
-    **kwargs,
+    config: TrainConfig, policy: str, trainer: type[GRPOTrainer] = EMPGTrainer, micro_batch_size: int = 16, **kwargs
 ) -> GRPOTrainer:
     """TRL's trainer, or a subclass, with the world, batch, limits and loss of `config`. policy: folder of a tiny one.
 

@@ -2,9 +2,8 @@
 
     python -m paper.credit --run out/house --checkpoint 20
 
-plays groups of training tasks with a checkpoint's policy. From before every step of every episode it plays on several
-times: the policy's own tokens as context, the world replayed to that state. The share of successes is V(s_t). The true
-advantage of step t is V(s_t+1) - V(s_t); after the last step V is the outcome. Then three questions:
+plays groups of training tasks with a checkpoint's policy, and measures the true advantage of every step as value.py
+says. Then three questions:
 
     credit      how do the advantages of each method agree with the true ones, and at which entropy is the true credit?
     direction   the cosine of a method's gradient, on a batch as large as in training, with the gradient that the true
@@ -244,10 +243,8 @@ def measure_credit(
     with weights_for_sampling(accelerator, policy.model):
         episodes = require_none_aborted(rollout(policy, envs, tasks, seeds, **config.limits), "episodes")
         outcomes = play_continuations(policy, envs, episodes, credit.continuations, config)
-    value, *of_halves = (
-        values(episodes, [rows[:, part] for rows in outcomes])
-        for part in (slice(None), slice(0, None, 2), slice(1, None, 2))
-    )
+    parts = (slice(None), slice(0, None, 2), slice(1, None, 2))  # all continuations, and two halves of them
+    value, *of_halves = (values(episodes, [rows[:, part] for rows in outcomes]) for part in parts)
     true, *halves = (np.concatenate([np.diff(v) for v in part]) for part in (value, *of_halves))
     halves = np.stack(halves)
     if not true.any():
@@ -259,20 +256,15 @@ def measure_credit(
     collated = [collate([episodes[i] for i in rows], policy.device) for rows in batches]
     made = {name: [modulated_as(name, config, part) for part in collated] for name in COMPARED}
 
-    def flat(name: str, what: str) -> np.ndarray:
-        return np.concatenate([getattr(m, what)[m.valid].cpu() for m in made[name]])
-
-    given = {name: flat(name, "advantage") for name in COMPARED}
+    given = {name: np.concatenate([m.advantage[m.valid].cpu() for m in made[name]]) for name in COMPARED}
+    entropy = np.concatenate([m.entropy[m.valid].cpu() for m in made["grpo"]])
     methods = [*given, "true"]
     row = {
         "groups": groups,
         "continuations": credit.continuations,
         "steps": len(true),
         "success": float(np.mean([episode.success for episode in episodes])),
-        "mean_norm_entropy": float(flat("grpo", "norm_entropy").mean()),
-        "halves": bootstrap(lambda rows: stats.pearsonr(*halves[:, rows]).statistic, group, credit.resamples),
-        "credit_by_entropy": credit_by_entropy(flat("grpo", "entropy"), halves, group, credit.resamples),
-        "f": agreement({"f": flat("grpo_empg", "f")}, true, group, credit.resamples)["f"],
+        "credit_by_entropy": credit_by_entropy(entropy, halves, group, credit.resamples),
         "credit": agreement(given, true, group, credit.resamples),
     }
     if len(methods) * groups * policy.model.num_parameters() > MOST_NUMBERS:
@@ -282,12 +274,11 @@ def measure_credit(
         row["update"] = gradient_measures(methods, products, config.tasks_per_iteration, credit.resamples)
     kept = []
     for part in collated:
-        entropy, valid = step_entropy(part.token_entropy, part.step_ids)
-        own = assign_credit(config, part, score(config, part), entropy, valid)
+        own = assign_credit(config, part, score(config, part), *step_entropy(part.token_entropy, part.step_ids))
         kept += modulated(part.episodes, own, policy.tokenizer)
     for entry, v in zip(kept, value, strict=True):
-        entry["credit"] = {"value": v.tolist(), "true_advantage": np.diff(v).tolist()}
-        entry["credit"]["continuations"] = credit.continuations
+        true_credit = {"value": v.tolist(), "true_advantage": np.diff(v).tolist()}
+        entry["credit"] = true_credit | {"continuations": credit.continuations}
     return row, kept
 
 
@@ -311,9 +302,8 @@ def _command(start: list[str], config: TrainConfig | CreditConfig, plain: dict, 
 
 
 def main() -> None:
-    credit = parse_config(CreditConfig)
     try:
-        run_credit(credit)
+        run_credit(parse_config(CreditConfig))
     except (OSError, ValueError) as error:
         raise SystemExit(f"paper.credit: {error}") from error
 
@@ -334,9 +324,8 @@ def run_credit(credit: CreditConfig) -> None:
     envs = open_envs(config, config.batch_size, ["train"])
     row, kept = measure_credit(credit, config, accelerator, load_player(str(folder), config, accelerator), envs)
     about = {"world": config.env, "seed": config.seed, "empg": config.empg, "checkpoint": credit.checkpoint}
-    about |= {"algorithm": config.algorithm}
-    about |= {"commit": revision(), "machine": machine(accelerator.mixed_precision), "train": flags_of(config)}
-    about["command"] = command_of(credit)
+    about |= {"algorithm": config.algorithm, "commit": revision(), "machine": machine(accelerator.mixed_precision)}
+    about |= {"train": flags_of(config), "command": command_of(credit)}
     replace_file(run / "credit" / f"{credit.checkpoint:06d}.jsonl", "".join(json.dumps(entry) + "\n" for entry in kept))
     add_row(file, rounded(about | row))
 

@@ -7,19 +7,16 @@ figure is 8 inches wide, so that its text can be read where a page shows it 800 
 import json
 from collections.abc import Callable, Iterable
 from itertools import cycle
-from pathlib import Path
 from textwrap import fill
 
 import numpy as np
-import torch
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure  # not pyplot, which would choose a backend for the whole process
 from matplotlib.ticker import MaxNLocator
 
-from empg import gradient_scale
 from engine.figures import LOOKS
-from paper.measure import BINS
 from paper.rows import (
+    BINS,
     RESULTS,
     TITLES,
     WORLDS,
@@ -33,6 +30,7 @@ from paper.rows import (
 )
 
 PAIRS = {"GRPO": ("grpo", "grpo_empg"), "DAPO": ("dapo", "dapo_empg")}
+FOUR = (*PAIRS["GRPO"], *PAIRS["DAPO"])
 PARTS = {
     "EMPG": "empg",
     "scaling only": "scaling",
@@ -61,20 +59,19 @@ def band(axis: Axes, x: list[float], rows: list[Row], values: Callable[[Row], li
 def learning_curves(world: str = "house") -> Figure:
     """Success while training, baseline and EMPG, and below the paired differences of the final evaluation."""
     study = Study(read_rows(world))
-    pairs = {name: pair for name, pair in PAIRS.items() if all(map(study.of, pair))}
     figure = Figure(figsize=(8, 7), layout="constrained")
     above, below = figure.subfigures(2, 1)
-    for axis, (name, pair) in zip(above.subplots(1, len(pairs)), pairs.items(), strict=True):
+    for axis, (name, pair) in zip(above.subplots(1, 2), PAIRS.items(), strict=True):
         together = study.together(*pair)
-        for rows, label, look in zip(zip(*together, strict=True), (name, f"{name} + EMPG"), looks(), strict=False):
+        for rows, method, look in zip(zip(*together, strict=True), pair, looks(), strict=False):
             iterations = range(1, len(rows[0]["curve"]) + 1)
-            band(axis, iterations, rows, lambda row: [100 * x for x in row["curve"]], label=label, **look)
+            band(axis, iterations, rows, lambda row: [100 * x for x in row["curve"]], label=TITLES[method], **look)
         axis.set(title=f"{WORLDS[world].title}, {name}, {len(together)} seeds", ylim=(0, 100))
         axis.set(xlabel="iteration (64 episodes)", ylabel="success on new tasks, %")
         axis.xaxis.set_major_locator(MaxNLocator(integer=True))
         axis.legend(loc="lower right")
         axis.grid(alpha=0.3)
-    differences(below.subplots(), study, pairs)
+    differences(below.subplots(), study)
     return figure
 
 
@@ -83,10 +80,10 @@ def learning_curves_weak() -> Figure:
     return learning_curves("house_weak")
 
 
-def differences(axis: Axes, study: Study, pairs: dict) -> None:
+def differences(axis: Axes, study: Study) -> None:
     """The final evaluation of each part of EMPG minus its baseline, paired by seed."""
     shown = []
-    for (name, (base, _)), color in zip(pairs.items(), LOOKS["color"], strict=False):
+    for (name, (base, _)), color in zip(PAIRS.items(), LOOKS["color"], strict=False):
         for (part, key), marker in zip(PARTS.items(), LOOKS["marker"], strict=True):
             gain = study.difference(f"{base}_{key}", base)
             if gain.seeds:
@@ -105,10 +102,10 @@ def kl() -> Figure:
     study = Study(read_rows("house"))
     figure = Figure(figsize=(8, 3.6), layout="constrained")
     axis = figure.subplots()
-    for (label, method), look in zip(labelled(study), looks(), strict=False):
+    for method, look in zip(FOUR, looks(), strict=False):
         rows = study.of(method)
         iterations = [0, *(iteration for iteration, _ in rows[0]["kl"])]  # at 0 it is the first policy: no KL
-        band(axis, iterations, rows, lambda row: [0.0, *(value for _, value in row["kl"])], label=label, **look)
+        band(axis, iterations, rows, lambda row: [0.0, *(x for _, x in row["kl"])], label=TITLES[method], **look)
     axis.set(xlabel="iterations trained", title=f"{WORLDS['house'].title}, {seeds(study)} seeds", ylim=(0, None))
     axis.set(ylabel="KL to the first policy\n(k3 estimate, nats per token)")
     axis.legend()
@@ -122,7 +119,7 @@ def sharpening() -> Figure:
     height = (len(worlds) + 1) // 2
     figure = Figure(figsize=(8, 3.4 * height), layout="constrained")
     axes = figure.subplots(height, 2, sharey=True, squeeze=False)
-    names = {"first": "warm\nstart", **{method: TITLES[method] for pair in PAIRS.values() for method in pair}}
+    names = {"first": "warm\nstart", **{method: TITLES[method] for method in FOUR}}
     for axis, (world, both) in zip(axes.flat, worlds.items(), strict=False):
         for study, label, look in zip(both, ("sampled", "temperature 0"), looks(), strict=False):
             means = [100 * study.mean(method).mean for method in names]
@@ -139,20 +136,10 @@ def sharpening() -> Figure:
     return figure
 
 
-def seeds(study: Study, methods: Iterable[str] = ("grpo", "grpo_empg", "dapo", "dapo_empg")) -> str:
+def seeds(study: Study, methods: Iterable[str] = FOUR) -> str:
     """The number of seeds of these methods, such as 20, or 6 to 14 where it differs."""
     numbers = sorted({len(study.of(method)) for method in methods})
     return " to ".join(map(str, dict.fromkeys((numbers[0], numbers[-1]))))
-
-
-def labelled(study: Study) -> list[tuple[str, str]]:
-    """Label and name of the baselines and of EMPG on them, of those that have rows."""
-    labels = [
-        (f"{name} + EMPG" if method.endswith("empg") else name, method)
-        for name, pair in PAIRS.items()
-        for method in pair
-    ]
-    return [(label, method) for label, method in labels if study.of(method)]
 
 
 def entropy_change() -> Figure:
@@ -166,8 +153,8 @@ def entropy_change() -> Figure:
         def change(row: Row, level: str = level) -> list[float]:
             return [after - before for before, after in row["entropy_change"][level]]
 
-        for (label, method), look in zip(labelled(study), looks(), strict=False):
-            band(axis, percentiles, study.of(method), change, label=label, **look)
+        for method, look in zip(FOUR, looks(), strict=False):
+            band(axis, percentiles, study.of(method), change, label=TITLES[method], **look)
         axis.axhline(0, color="black", linewidth=0.8)
         axis.set(
             xlabel=f"percentile of {level} entropy before training",
@@ -206,15 +193,14 @@ def g_and_f() -> Figure:
     """g and f against H_norm for several k, above the H_norm of the study's steps in House."""
     counts = np.sum([row["norm_entropy"] for row in read_rows("house") if row["method"] == "grpo_empg"], axis=0)
     edges = np.linspace(0, 1, BINS + 1)
-    middles = torch.tensor((edges[:-1] + edges[1:]) / 2).repeat_interleave(torch.tensor(counts))[None]
+    middles = (edges[:-1] + edges[1:]) / 2
     figure = Figure(figsize=(8, 5), layout="constrained")
     (g_axis, f_axis), lower = figure.subplots(2, 2, sharex=True, height_ratios=(3, 1))
     h = np.linspace(0, 1, 101)
     for k, look in zip((0.5, 1.0, 2.0, -1.0), looks(), strict=False):
         look = {"color": look["color"], "linestyle": look["linestyle"]}
-        scale = gradient_scale(middles, torch.ones_like(middles, dtype=torch.bool), k=k)
-        at_zero = float(scale[0, 0]) * np.exp(k * float(middles[0, 0]))  # 1 / mean exp(-k H_norm)
-        g_axis.plot(h, at_zero * np.exp(-k * h), label=f"k = {k:g}".replace("-", "−"), **look)
+        mean = np.average(np.exp(-k * middles), weights=counts)  # over the steps of the study
+        g_axis.plot(h, np.exp(-k * h) / mean, label=f"k = {k:g}".replace("-", "−"), **look)
         if k > 0:
             f_axis.plot(h, np.exp(-k * h), label=f"k' = {k:g}", **look)
     g_axis.axhline(1, color="black", linewidth=0.8)
@@ -239,12 +225,11 @@ def sensitivity() -> Figure:
     figure = Figure(figsize=(8, 3.2), layout="constrained")
     for axis, (name, methods), look in zip(figure.subplots(1, 2, sharey=True), settings.items(), looks(), strict=False):
         gains = {value: study.difference(method, "grpo") for value, method in sorted(methods.items())}
-        there = {value: gain for value, gain in gains.items() if gain.seeds}
-        means = [100 * gain.mean for gain in there.values()]
-        errors = [100 * (gain.high - gain.mean) if gain.seeds > 1 else 0 for gain in there.values()]
-        axis.errorbar(range(len(there)), means, errors, capsize=3, **look | {"linestyle": "none"})
-        labels = [f"{value}\n{gain.seeds} seeds".replace("-", "−") for value, gain in there.items()]
-        axis.set_xticks(range(len(there)), labels)
+        means = [100 * gain.mean for gain in gains.values()]
+        errors = [100 * (gain.high - gain.mean) for gain in gains.values()]
+        axis.errorbar(range(len(gains)), means, errors, capsize=3, **look | {"linestyle": "none"})
+        labels = [f"{value}\n{gain.seeds} seeds".replace("-", "−") for value, gain in gains.items()]
+        axis.set_xticks(range(len(gains)), labels)
         axis.axhline(0, color="black", linewidth=0.8)
         axis.set(xlabel=f"{name}, dimensionless", ylabel="success minus GRPO's, points", title=f"House, {name}")
         axis.grid(alpha=0.3)
@@ -288,34 +273,31 @@ def credit() -> Figure:
     return figure
 
 
-# The figures, and the rows that each is made of.
-FIGURES = {
-    learning_curves: "house",
-    learning_curves_weak: "house_weak",
-    sharpening: "greedy",
-    kl: "house",
-    entropy_change: "house",
-    proposition: "house",
-    g_and_f: "house",
-    sensitivity: "house",
-    credit: "credit",
-}
+FIGURES = (
+    learning_curves,
+    learning_curves_weak,
+    sharpening,
+    kl,
+    entropy_change,
+    proposition,
+    g_and_f,
+    sensitivity,
+    credit,
+)
 
 
-def draw_all() -> list[Path]:
-    """Write every figure whose rows are there; returns the files."""
-    files = []
-    for draw, rows in FIGURES.items():
-        if read_rows(rows):
-            files.append(RESULTS / f"{draw.__name__}.png")
-            draw().savefig(files[-1], dpi=120)
-    return files
+def draw_all() -> None:
+    """Write every figure, and print where."""
+    for draw in FIGURES:
+        file = RESULTS / f"{draw.__name__}.png"
+        draw().savefig(file, dpi=120)
+        print(file)
 
 
-def episode_bars(group: int = 2, number: int = 2) -> Figure:
+def episode_bars() -> Figure:
     """One kept episode of the lab's run: H, g, f and the advantage of each step as bars. README shows it."""
     lines = (RESULTS.parent / "lab" / "house" / "episodes" / "000007.jsonl").read_bytes().splitlines()
-    episode = json.loads(lines[8 * group + number])  # groups of 8
+    episode = json.loads(lines[18])  # the third of the third group of 8
     credit = episode["modulation"]
     labels = {"entropy": "H, nats", "g": "g(H), mean 1", "f": "f(H of next step)", "advantage": "final advantage"}
     names = [f"{place}  {step['action']}" for place, step in enumerate(episode["steps"])]

@@ -1,13 +1,11 @@
 """Tables and figures from the committed rows: the tables of docs/results.md and docs/tables.md, docs/results/*.png.
 
-    python -m paper.report            write all of them, in a few seconds
-    python -m paper.report --check    write nothing; status 1 if a table differs from what the rows give
+    python -m paper.report    in a few seconds
 
 A table stands between two marks, <!-- NAME --> and <!-- end -->. The sentences around it are written by hand.
 """
 
 import re
-from argparse import ArgumentParser, RawDescriptionHelpFormatter
 from functools import partial
 from pathlib import Path
 
@@ -176,9 +174,9 @@ def success_of(split: str, name: str, row: Row) -> float:
 # ------------------------------------------------------------------------------------------------- credit and gradient
 
 
-def interval(numbers: list[float], decimals: int = 3, sign: bool = False) -> str:
+def interval(numbers: list[float], sign: bool = False) -> str:
     """A value and its bootstrap interval as text."""
-    value, low, high = (f"{x:{'+' if sign else ''}.{decimals}f}" for x in numbers)
+    value, low, high = (f"{x:{'+' if sign else ''}.3f}" for x in numbers)
     return f"{value} ({low} to {high})".replace("-", "−")
 
 
@@ -188,13 +186,13 @@ def policy_name(row: dict) -> str:
     return f"{WORLDS[row['world']].title}, {after}, seed {row['seed']}, {100 * row['success']:.0f} %"
 
 
-def gains_table(part: str, measure: str, decimals: int = 3) -> str:
+def gains_table(part: str, measure: str) -> str:
     """A measure of GRPO's advantages, and how much larger it is for each method: a line for each policy measured."""
     lines, methods = [], []
     for row in (row for row in read_credit() if part in row):
         methods = [name for name in row[part] if name != "grpo"]
-        cells = [interval(row[part]["grpo"][measure], decimals)]
-        cells += [interval(row[part][name][f"{measure}_gain"], decimals, sign=True) for name in methods]
+        cells = [interval(row[part]["grpo"][measure])]
+        cells += [interval(row[part][name][f"{measure}_gain"], sign=True) for name in methods]
         lines.append([policy_name(row), *cells])
     return markdown(["policy", "GRPO", *(TITLES[name].removeprefix("GRPO + ") for name in methods)], lines)
 
@@ -235,22 +233,10 @@ def filled(text: str) -> str:
 
 
 def main() -> None:
-    parser = ArgumentParser(description=__doc__, formatter_class=RawDescriptionHelpFormatter)
-    parser.add_argument("--check", action="store_true", help="only compare the tables with the rows")
-    check, stale = parser.parse_args().check, []
     for name in DOCUMENTS:
         path = ROOT / name
-        old = path.read_text(encoding="utf-8")
-        new = filled(old)
-        if check and old != new:
-            stale.append(name)
-        if not check:
-            path.write_text(new, encoding="utf-8")
-    if stale:
-        raise SystemExit(f"not what the rows give: {', '.join(stale)}; run python -m paper.report")
-    if not check:
-        for picture in pictures.draw_all():
-            print(picture)
+        path.write_text(filled(path.read_text(encoding="utf-8")), encoding="utf-8")
+    pictures.draw_all()
 
 
 if __name__ == "__main__":

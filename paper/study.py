@@ -151,7 +151,7 @@ def run_row(world: str, method: str, seed: int, out: str) -> dict:
         train(config, credit_of(method))
         trained = time.perf_counter()
         measured = measure(config, TASKS[world])
-    metrics = read_metrics(run / "metrics.jsonl")
+    metrics, timings = (read_metrics(run / f"{name}.jsonl") for name in ("metrics", "timings"))
     if [row["iteration"] for row in metrics] != list(range(config.iterations + 1)):
         raise ValueError(f"{run / 'metrics.jsonl'} has not the iterations 0 to {config.iterations}, each once")
     return rounded(
@@ -163,14 +163,12 @@ def run_row(world: str, method: str, seed: int, out: str) -> dict:
             "command": f"python -m paper.study --world {world} --methods {method} --seeds {seed}",
             "train": shlex.join(["train.py", *flags[:-2]]),
             "machine": machine(),
-            "seconds": {
-                "train": round(trained - started, 1),
-                "measure": round(time.perf_counter() - trained, 1),
-            },
+            "seconds": {"train": trained - started, "measure": time.perf_counter() - trained}
+            | {part: [row.get(part, 0.0) for row in timings[1:]] for part in ("sample", "learn", "capture")},
             # success of all episodes sampled in an iteration, on training tasks; in House every task is new
-            "curve": [round(row["group/success"], 4) for row in metrics if "group/success" in row],
-            "entropy": [round(row["entropy/mean"], 4) for row in metrics if "entropy/mean" in row],
-            "zero_std": [round(row["group/zero_std_frac"], 4) for row in metrics if "group/zero_std_frac" in row],
+            "curve": [row["group/success"] for row in metrics if "group/success" in row],
+            "entropy": [row["entropy/mean"] for row in metrics if "entropy/mean" in row],
+            "zero_std": [row["group/zero_std_frac"] for row in metrics if "group/zero_std_frac" in row],
             "episodes": sum(row.get("group/tasks_used", 0) * config.group_size for row in metrics),
         }
         | measured
@@ -193,13 +191,15 @@ def missing(rows: list[Row], methods: list[str], seeds: list[int], here: str) ->
 
 def machine(precision: str | None = None) -> str:
     """The kind of machine and of random numbers: rows are the same where these are, and pairs are made there alone."""
-    info = Path("/proc/cpuinfo")  # on Linux
-    cpu = info.read_text(encoding="utf-8").splitlines() if info.exists() else []
-    names = [line.split(":")[1].strip() for line in cpu if "model name" in line]
+    if torch.cuda.is_available():
+        device, how = torch.cuda.get_device_name(), precision or os.environ.get("ACCELERATE_MIXED_PRECISION", "no")
+    else:
+        info = Path("/proc/cpuinfo")  # on Linux
+        cpu = info.read_text(encoding="utf-8").splitlines() if info.exists() else []
+        names = [line.split(":")[1].strip() for line in cpu if "model name" in line]
+        device, how = names[0] if names else platform.processor(), "1 thread"
     versions = f"torch {torch.__version__}, transformers {transformers.__version__}"
-    precision = precision or os.environ.get("ACCELERATE_MIXED_PRECISION", "no")
-    device = f"{torch.cuda.get_device_name()}, {precision}" if torch.cuda.is_available() else "1 thread"
-    return f"{platform.machine()}, {names[0] if names else platform.processor()}, {versions}, {device}, {STREAMS}"
+    return f"{platform.machine()}, {device}, {versions}, {how}, {STREAMS}"
 
 
 def main() -> None:

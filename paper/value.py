@@ -14,7 +14,7 @@ from tqdm import tqdm
 
 from config import TrainConfig
 from empg import Modulation
-from engine.ranks import weights_for_sampling
+from engine.ranks import explain_out_of_memory, weights_for_sampling
 from engine.world_errors import require_none_aborted
 from envs import Env
 from episode import Batch, Episode, replay
@@ -37,6 +37,7 @@ def replay_to(env: Env, episode: Episode, step: int) -> Episode:
     return again
 
 
+@explain_out_of_memory("playing continuations", "lower --batch_size of the run")
 def play_continuations(
     policy: Policy, envs: list[Env], episodes: list[Episode], number: int, config: TrainConfig
 ) -> list[np.ndarray]:

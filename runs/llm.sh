@@ -10,7 +10,8 @@ launch="accelerate launch --config_file runs/accelerate/eight_gpus.yaml" often="
 case $world-$model in # what fits 8 GPUs of 80 GB; qwen32b: 4 machines of 8 GPUs of 141 GB
     house-qwen1.5b) fit="--micro_batch_tokens 16384" ;;
     alfworld-qwen1.5b | webshop-qwen1.5b) fit="--micro_batch_tokens 32768" ;;
-    alfworld-qwen7b | webshop-qwen7b | alfworld-llama8b | webshop-llama8b) fit="--fsdp --micro_batch_tokens 16384" ;;
+    alfworld-qwen7b | webshop-qwen7b | webshop-llama8b) fit="--fsdp --micro_batch_tokens 16384" ;;
+    alfworld-llama8b) fit="--fsdp --micro_batch_tokens 16384 --batch_size 16" ;;
     search-qwen7b) fit="--fsdp --micro_batch_tokens 16384 --batch_size 64" ;;
     search-llama8b) fit="--fsdp --micro_batch_tokens 16384 --batch_size 32" ;;
     search-qwen32b) fit="--fsdp --micro_batch_tokens 8192 --batch_size 16"

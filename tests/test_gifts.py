@@ -22,7 +22,7 @@ from torch import nn
 from config import TrainConfig
 from engine import checkpoint, ranks
 from engine.checkpoint import CheckpointError
-from engine.files import RecordError
+from engine.files import CHECKSUMS, RecordError, require_undamaged
 from eval import load_player, parse_eval_config
 from imitate import count_parameters
 from policy import PolicyError, load_policy
@@ -74,6 +74,17 @@ def test_a_damaged_checkpoint_is_not_measured(house_policy, tmp_path):
     (weights.parent / "notes.txt").write_text("a file of mine")
     with pytest.raises(RecordError, match=r"model.safetensors is damaged$"):
         load_player(str(tmp_path / "checkpoint-000001"), TrainConfig(), Accelerator(cpu=True))
+
+
+def test_a_list_of_checksums_by_somebody_else_is_data(house_policy, tmp_path):
+    """Another name of a file, and a list that is none, ended in a traceback."""
+    house_policy.save(tmp_path)
+    for saved in ([[1, 2]], 3, {"./notes.txt": 3, "../../elsewhere": "x", "": "x"}):
+        (tmp_path / CHECKSUMS).write_text(json.dumps(saved))
+        require_undamaged(tmp_path)
+    (tmp_path / CHECKSUMS).write_text(json.dumps({"./model.safetensors": "x"}))
+    with pytest.raises(RecordError, match=r"model.safetensors is damaged$"):
+        require_undamaged(tmp_path)
 
 
 SOURCES = {

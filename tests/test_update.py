@@ -2,6 +2,7 @@
 
 import math
 from dataclasses import replace
+from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
@@ -13,10 +14,12 @@ from hypothesis import strategies as st
 from transformers import AutoModelForCausalLM
 
 import eval as evaluation
+import imitate
 import train
 import update
 from config import TrainConfig
-from engine import sampler_check
+from engine import checkpoint, sampler_check
+from engine.checkpoint import CheckpointError
 from engine.ranks import weights_for_sampling
 from engine.record import update_metrics
 from engine.scorer import checkpoint_layers
@@ -309,8 +312,22 @@ OUT_OF_MEMORY = [
             "a smaller model, or .* --fsdp",
         ),
         (sampler_check, "_play_probe", lambda a: evaluation.load_player(a.where[1], CONFIG, a.where[0]), "a smaller"),
+        (
+            imitate,
+            "load_policy",
+            lambda a: imitate.cold_start(
+                changed(policy=a.where[1], demonstrations=4, cache=f"{a.where[1]}_cache"), a.where[0], a.env
+            ),
+            "a smaller",
+        ),
+        (
+            checkpoint,
+            "load_shards",
+            lambda a: checkpoint.restore(Path(a.where[1]), a.learner.policy, a.learner.optimizer),
+            "a smaller model, or .* --fsdp",
+        ),
     ],
-    ids=["learn", "sample", "evaluate", "load", "load a player"],
+    ids=["learn", "sample", "evaluate", "load", "load a player", "load to imitate", "load an optimizer"],
 )
 def test_out_of_memory_ends_with_the_setting_to_lower(
     module, function, call, message, learner, batch, advantage, tmp_path, monkeypatch
@@ -320,10 +337,10 @@ def test_out_of_memory_ends_with_the_setting_to_lower(
         call(SimpleNamespace(learner=learner, batch=batch, advantage=advantage, env=env, where=where))
 
     where = (learner.accelerator, *[str(tmp_path / "policy")] * 2)
-    env = SimpleNamespace(size=lambda split: None)
+    env = make_envs("coin", [], 1)[0]
     for error in OUT_OF_MEMORY:
         with pytest.raises(SystemExit, match=f"^out of memory while .*{message}") as end:
             run_into(error)
         assert "\n" not in str(end.value)
-    with pytest.raises((RuntimeError, PolicyError), match="shapes do not match"):
+    with pytest.raises((RuntimeError, PolicyError, CheckpointError), match="shapes do not match"):
         run_into(RuntimeError("shapes do not match"))

@@ -1,1 +1,1 @@
-"""Commands beside training: `python -m tools.cost`, `tools.bench`, `tools.speed`, `tools.export`."""
+"""Commands beside training: `python -m tools.cost`, `tools.bench`, `tools.speed`, `tools.export`, `tools.gguf`."""

@@ -1,6 +1,6 @@
 """Speed: how near sampling and updating come to a machine's limits, an iteration by part, the gain of the sampler.
 
-    python -m tools.bench                    all of it; also writes bench.json
+    python -m tools.bench                    all of it; also writes out/bench.json
     python -m tools.bench --only sampler     the sampler against the usual `generate` loop alone
 
 On a GPU the models have the shapes of SmolLM2-135M and Qwen2.5-1.5B, in bf16, and all should fit four minutes on an
@@ -46,7 +46,7 @@ class BenchConfig:
     )
     repeats: int = HfArg(default=3, help="measurements of each limit; their median counts")
     threads: int = HfArg(default=0, help="threads on the CPU; 0: all cores")
-    out: str = HfArg(default="bench.json", help="file for the result")
+    out: str = HfArg(default="out/bench.json", help="file for the result")
 
     def __post_init__(self):
         if not 1 <= self.repeats <= 20 or not 0 <= self.threads <= MOST_THREADS:
@@ -89,6 +89,7 @@ def measure_iterations(load: Load, learner: Learner, shape: Shape, machine: Mach
         terms = memory(config, shape, 1, machine.compute)
         yield {
             "peak memory, GB": torch.cuda.max_memory_allocated() / 1e9,
+            "peak memory, free parts of blocks and of graphs included, GB": torch.cuda.max_memory_reserved() / 1e9,
             "peak memory by the formula, GB": at_most(config, terms) / 1e9,
         }
 

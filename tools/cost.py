@@ -14,10 +14,10 @@ import argparse
 import os
 from dataclasses import dataclass
 
-from torch import nn
 from transformers import PreTrainedModel
 
 from config import TrainConfig, parse_config
+from engine.sampler import ROUNDING, round_up
 from engine.scorer import CHUNK_ELEMENTS, make_scorable
 from imitate import empty_model, read_config
 from policy import refused, require_context
@@ -46,18 +46,14 @@ def shape_of(model: PreTrainedModel) -> Shape:
     config = model.config.get_text_config()
     width, heads = config.hidden_size, config.num_attention_heads
     return Shape(
-        parameters=_parameters(model),
-        body=_parameters(model.base_model) - _parameters(model.get_input_embeddings()),
+        parameters=model.num_parameters(),
+        body=model.base_model.num_parameters() - model.get_input_embeddings().weight.numel(),
         layers=config.num_hidden_layers,
         width=width,
         inner=getattr(config, "intermediate_size", None) or 4 * width,
         keys=(getattr(config, "head_dim", None) or width // heads) * getattr(config, "num_key_value_heads", heads),
         vocabulary=config.vocab_size,
     )
-
-
-def _parameters(module: nn.Module) -> int:
-    return sum(parameter.numel() for parameter in module.parameters())
 
 
 def memory(config: TrainConfig, shape: Shape, ranks: int, compute: int) -> dict[str, dict[str, float]]:
@@ -71,14 +67,16 @@ def memory(config: TrainConfig, shape: Shape, ranks: int, compute: int) -> dict[
     """
     own = 4 * shape.parameters / (ranks if config.fsdp else 1)  # one number in float32 for each parameter
     whole = compute * shape.parameters  # all weights in compute precision
-    episodes = min(config.batch_size, tasks_of_rank(config, ranks) * config.group_size)
+    of_eval = -(-config.eval_tasks // ranks)  # evaluation samples in the memory of training
+    most = min(config.batch_size, max(tasks_of_rank(config, ranks) * config.group_size, of_eval))
+    rows, columns = round_up(most, ROUNDING["cuda"][0]), round_up(config.max_tokens, ROUNDING["cuda"][1]) + 1
     return {
         "always": {"weights": own, "AdamW": 2 * own, "reference": own if config.kl_coef else 0},
         "sampling": {
             "weights to sample with": whole if config.fsdp or compute < 4 else 0,
-            "KV cache": 2 * shape.layers * shape.keys * compute * episodes * config.max_tokens,
+            "KV cache": 2 * shape.layers * shape.keys * compute * rows * columns,
             # in compute precision, in float32, and twice in float64
-            "logits of a token": episodes * shape.vocabulary * (compute + 4 + 8 + 8),
+            "logits of a token": rows * shape.vocabulary * (compute + 4 + 8 + 8),
         },
         "update": {"gradients": own} | _update_memory(config, shape, compute),
     }
@@ -112,7 +110,7 @@ def tasks_of_rank(config: TrainConfig, ranks: int) -> int:
     return -(-config.tasks_per_iteration // ranks)
 
 
-def dry_run(config: TrainConfig, processes: int, gpu_memory: float = 80, precision: str = "no") -> str:
+def dry_run(config: TrainConfig, processes: int, gpu_memory: float, precision: str) -> str:
     """What a run on this many processes would load and take. Ends the program with advice if it does not fit.
 
     gpu_memory: of one device, GB.  precision: Accelerate's mixed precision.

@@ -2,6 +2,7 @@
 
 import math
 import statistics
+import sys
 from collections import defaultdict
 from collections.abc import Callable
 from dataclasses import replace
@@ -143,6 +144,8 @@ def profiled(work: Callable, *args) -> dict[str, float]:
         if event.device_type == DeviceType.CPU:  # what called the kernels; their time is its `self_device_time_total`
             on_device = event.self_device_time_total if torch.cuda.is_available() else event.self_cpu_time_total
             spent[part_of(event)] += on_device / 1e6
+    if not any(spent.values()):
+        print("the profiler cannot time this device, so no times of parts follow", file=sys.stderr)
     return {part: spent[part] for part in [*PARTS, "the rest"] if spent[part]}
 
 

@@ -34,6 +34,7 @@ class Load:
     step_tokens: int  # of one response; random weights rarely end it earlier
     context: int  # tokens of an episode, at most
     rows: int  # episodes of the measured update, each of `context` tokens
+    together: int = 2  # longest episodes in a micro-batch
     turns: int = 15
     checkpointing: bool = False
 
@@ -51,7 +52,7 @@ class Load:
             mini_batches=1,
             learning_rate=1e-9,
             gradient_checkpointing=self.checkpointing,
-            micro_batch_tokens=2 * self.context,
+            micro_batch_tokens=self.together * self.context,
             max_step_tokens=self.step_tokens,
             max_tokens=self.context,
         )
@@ -64,7 +65,8 @@ LOADS = {
         "34M": Load((512, 2048, 9, 8, 2, 1024), episodes=32, trained=8, step_tokens=32, context=2048, rows=2),
     },
     "cuda": {
-        "135M": Load((576, 1536, 30, 9, 3, 49_152), episodes=64, trained=64, step_tokens=40, context=2048, rows=8),
+        # Micro-batches and limits are those of paper.study --world house_llm.
+        "135M": Load((576, 1536, 30, 9, 3, 49_152), 64, trained=64, step_tokens=40, context=2048, rows=8, together=8),
         "1.5B": Load(
             (1536, 8960, 28, 12, 2, 151_936),
             episodes=128,
@@ -97,15 +99,15 @@ def random_learner(accelerator: Accelerator, load: Load) -> Learner:
 
 def play(load: Load, policy: Policy, envs: list[Env]) -> list[Episode]:
     """An episode in each of the environments, in groups of one task."""
-    tasks = [Task("house", "train", i // load.config.group_size) for i in range(len(envs))]
-    return rollout(policy, envs, tasks, [("bench", i) for i in range(len(tasks))], **load.config.limits)
+    config = load.config
+    tasks = [Task("house", "train", i // config.group_size) for i in range(len(envs))]
+    return rollout(policy, envs, tasks, [("bench", i) for i in range(len(tasks))], **config.limits)
 
 
 def step_advantage(config: TrainConfig, batch: Batch) -> torch.Tensor:
     """The advantage (B, S) that every step is trained with."""
-    return assign_credit(
-        config, batch, score(config, batch), *step_entropy(batch.token_entropy, batch.step_ids)
-    ).advantage
+    entropy, valid = step_entropy(batch.token_entropy, batch.step_ids)
+    return assign_credit(config, batch, score(config, batch), entropy, valid).advantage
 
 
 def clock(work: Callable, *args, **kwargs) -> tuple[float, object]:

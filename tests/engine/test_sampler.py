@@ -214,6 +214,14 @@ def test_another_temperature_response_length_or_place_of_the_weights_is_captured
     assert respond(tokens=5) is not wider
 
 
+def test_nothing_is_captured_with_sharded_weights(house_policy, captures, monkeypatch):
+    """They are gathered at new addresses for each rollout."""
+    monkeypatch.setattr(sampler, "FSDPModule", torch.nn.Module)
+    policy = Policy(house_policy.model, house_policy.tokenizer)
+    assert_same(play(policy), play(house_policy))
+    assert (captures, policy.memory) == ([], None)
+
+
 def test_a_decode_step_reads_the_keys_of_a_group_of_queries_once(house_policy, monkeypatch):
     """transformers sees the queries of a group as rows of one head. If it repeated the keys, a step would read more."""
     policy, shapes, attention = random_policy(Qwen2Config, house_policy), set(), F.scaled_dot_product_attention

@@ -78,7 +78,8 @@ def test_a_row_comes_out_the_same_again(coin, tmp_path):
     rows = [study.run_row("coin", "grpo_empg", 3, str(tmp_path / name)) for name in ("a", "b")]
     changing = [{name: row.pop(name) for name in ("seconds",)} for row in rows]
     assert rows[0] == rows[1]
-    assert all(set(part["seconds"]) == {"train", "measure"} for part in changing)
+    of_iterations = [[len(part["seconds"][name]) for name in ("sample", "learn", "capture")] for part in changing]
+    assert of_iterations == [[2, 2, 2]] * len(rows)
     (row, _) = rows
     assert len(row["curve"]) == len(row["entropy"]) == 2
     assert row["episodes"] == 24
@@ -86,7 +87,6 @@ def test_a_row_comes_out_the_same_again(coin, tmp_path):
     assert [iteration for iteration, _ in row["kl"]] == [0, 1, 2]
     assert row["kl"][0][1] == pytest.approx(0, abs=1e-4)  # the first policy sampled the episodes of iteration 1
     assert row["kl"][-1][1] > 0
-    assert sum(row["norm_entropy"]) > 0
     assert str(tmp_path) not in row["command"]
     assert "--methods grpo_empg --seeds 3" in row["command"]
 
@@ -237,8 +237,8 @@ def test_a_row_that_is_cut_off_is_left_out_with_a_word_and_made_again(end, tmp_p
         lines.write(json.dumps(rows[1], ensure_ascii=False) + end)
     assert read_file(file) == rows[:2]
     assert (f"{file}, line 3: cut off" in capsys.readouterr().err) == (len(end) > 1)
-    add_row(file, rows[2], study.key)
-    add_row(file, rows[2], study.key)
+    add_row(file, rows[2], once=True)
+    add_row(file, rows[2], once=True)
     assert read_file(file) == rows
     assert capsys.readouterr().err == ""
 
@@ -331,12 +331,6 @@ def test_percentiles_are_equal_parts_in_the_order_of_before():
     before, after = torch.arange(100.0).flip(0), torch.arange(100.0).flip(0) ** 2
     parts = measure.by_percentile(before, after)
     assert parts[1] == [7.0, (25 + 36 + 49 + 64 + 81) / 5]  # 5 to 9
-
-
-def test_points_of_proposition_1_lie_on_its_curve(house_policy, house_episodes):
-    for shannon, renyi, norm in measure.score_norm_points(house_episodes, house_policy):
-        assert norm == pytest.approx(1 - np.exp(-renyi), abs=1e-3)
-        assert renyi <= shannon + 1e-3
 
 
 # ---------------------------------------------------------------------------------------------------------- statistics
@@ -454,6 +448,7 @@ def test_the_story_of_the_results_is_that_of_the_rows():
     assert f"less with the true ones than GRPO's in {sum(gain[2] < 0 for gain in g)} of {len(g)} policies" in text
     assert f"more in {sum(gain[1] > 0 for gain in k)} policies and less in {sum(gain[2] < 0 for gain in k)}" in text
     assert sum(gain[1] > 0 for gain in g) == 1  # "in one, a warm start of House"
+    policies = [row for row in policies if "update" in row]  # gradients of large models are left out
     g = [row["update"]["grpo_scaling"]["direction_gain"] for row in policies]
     worse, better = sum(gain[2] < 0 for gain in g), sum(gain[1] > 0 for gain in g)
     assert f"worse than GRPO's in {worse} policies, better in {better}, and in {len(g) - worse - better} no" in text
@@ -520,7 +515,7 @@ def test_every_committed_greedy_row_is_of_a_row_of_the_study():
 
 
 def test_the_figures_show_the_rows_and_name_their_axes():
-    figures = [draw() for draw, rows in pictures.FIGURES.items() if read_rows(rows)]
+    figures = [draw() for draw in pictures.FIGURES]
     for figure in figures:
         assert all(axis.get_xlabel() or axis.get_shared_x_axes().get_siblings(axis) for axis in figure.axes)
         assert any(axis.get_ylabel() for axis in figure.axes)

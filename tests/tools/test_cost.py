@@ -14,9 +14,11 @@ from torch.utils.flop_counter import FlopCounterMode
 from transformers import CONFIG_MAPPING, AutoModelForCausalLM, LlamaConfig, Qwen2Config
 
 from config import TrainConfig, parse_config
+from engine import sampler
+from engine.sampler import Sampler
 from engine.scorer import make_scorable
 from imitate import empty_model
-from policy import PolicyError
+from policy import Policy, PolicyError
 from tests import sweep_architectures as sweep
 from tools import cost, speed
 from update import make_learner
@@ -114,16 +116,29 @@ def test_weights_gradients_and_moments_are_what_a_learner_allocates(house_policy
 
 def test_processes_share_weights_with_fsdp_and_tasks_always():
     shape = cost.shape_of(empty_model(model_config(Qwen2Config, 64, 192, 4, 4, 2, 1000, True)))
-    plain = TrainConfig(kl_coef=0.1, tasks_per_iteration=6, group_size=4)
+    plain = TrainConfig(kl_coef=0.1, tasks_per_iteration=12, group_size=4, eval_tasks=1)
     one, three = (cost.memory(plain, shape, ranks, 2) for ranks in (1, 3))
     assert one["always"] == three["always"]
     assert three["sampling"]["KV cache"] == one["sampling"]["KV cache"] / 3
-    assert cost.tasks_of_rank(plain, 4) == 2  # the busiest of four
+    assert cost.tasks_of_rank(plain, 5) == 3  # the busiest of five
     sharded = cost.memory(replace(plain, fsdp=True), shape, 3, 2)
     assert sharded["always"]["AdamW"] == one["always"]["AdamW"] / 3
     assert sharded["update"]["gradients"] == one["update"]["gradients"] / 3
     assert sharded["sampling"]["weights to sample with"] == 2 * shape.parameters  # whole, on every rank
     assert cost.memory(replace(plain, kl_coef=0.0), shape, 1, 2)["always"]["reference"] == 0
+
+
+def test_the_cache_has_the_rows_and_columns_that_the_sampler_reserves_on_a_gpu(house_policy, monkeypatch):
+    """Evaluation plays more episodes at once than training. Its memory stays, and both are rounded up."""
+    monkeypatch.setattr(sampler, "CAPTURED", ("cpu",))
+    monkeypatch.setitem(sampler.ROUNDING, "cpu", sampler.ROUNDING["cuda"])
+    policy = Policy(house_policy.model, house_policy.tokenizer)
+    config = TrainConfig(tasks_per_iteration=1, group_size=8, eval_tasks=33, max_tokens=300)
+    for episodes in (8, 17):  # of training, of evaluation by the busier of two ranks
+        Sampler(policy, [[1, 2, 3]] * episodes, 1.0, 4, config.max_tokens)
+    buffers = [buffer for layer in policy.memory.cache.layers for buffer in layer.buffers]
+    allocated = sum(buffer.numel() * buffer.element_size() for buffer in buffers)
+    assert cost.memory(config, cost.shape_of(policy.model), 2, 4)["sampling"]["KV cache"] == allocated
 
 
 def test_what_sampling_takes_stays_during_the_update_unless_weights_are_sharded():
