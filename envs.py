@@ -166,7 +166,7 @@ def example(env: Env, attempts: int = 10) -> str:
         if info["success"]:
             return "\n".join(lines[:-1])  # the last observation only says that the episode is over
         if truncated:
-            limit = len(lines) // 2 - 1
+            limit = len(lines) // 2 - 1  # steps: two lines each, after two lines
     advice = f", because its episodes are truncated at max_steps={limit}; set a larger one" if limit else ""
     raise WorldError(f"no example: the oracle solves none of the first {attempts} training tasks{advice}")
 

@@ -163,7 +163,7 @@ def replay(episode: Episode, env) -> None:
             raise ValueError(f"{episode.task}, step {number}: got {observation!r}, recorded was {step.observation!r}")
 
 
-def transcript(episode: Episode, entropy: Sequence[float] = (), advantage: Sequence[float] = ()) -> str:
+def transcript(episode: Episode, entropy: Sequence[float], advantage: Sequence[float]) -> str:
     """The episode as text: each step with its thought, its action and the observation.
 
     entropy, advantage: one number a step, shown as H (nats) and A: what the step's tokens were trained with.
@@ -171,11 +171,8 @@ def transcript(episode: Episode, entropy: Sequence[float] = (), advantage: Seque
     outcome = "success" if episode.success else "truncated" if episode.truncated else "failure"
     lines = [f"{episode.task.env} {episode.task.split} {episode.task.seed}: {outcome}, reward {episode.reward:g}", ""]
     lines += [episode.prompt]
-    for number, step in enumerate(episode.steps):
-        shown = [f"step {number}"]
-        shown += [f"H {entropy[number]:.3f}"] if entropy else []
-        shown += [f"A {round(advantage[number], 3) + 0.0:+.3f}"] if advantage else []  # never -0.000
-        shown += [] if step.valid else ["(invalid)"]
-        lines += ["", "  ".join(shown)]
+    for number, (step, h, a) in enumerate(zip(episode.steps, entropy, advantage, strict=False)):  # padding follows
+        invalid = "" if step.valid else "  (invalid)"
+        lines += ["", f"step {number}  H {h:.3f}  A {round(a, 3) + 0.0:+.3f}{invalid}"]  # never -0.000
         lines += [f"  Thought: {step.thought}", f"  Action: {step.action}", f"  {step.observation}"]
     return "\n".join(lines) + "\n"

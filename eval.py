@@ -37,7 +37,6 @@ from envs import PLAYERS, Env, example, held_out_splits, make_envs
 from episode import Episode, Task, save_episodes
 from policy import Policy, load_policy
 from rollout import play_scripted, rollout
-from worlds.contract import WorldError
 
 # --------------------------------------------------------------------------------------------------------- playing
 
@@ -50,16 +49,6 @@ def open_envs(config: EvalConfig | TrainConfig, number: int, splits: list[str]) 
         for env in envs:
             env.instructions = instructions
     return envs
-
-
-def has_tasks(env: Env, split: str) -> bool:
-    """Whether the world's data hold the split; a benchmark may be installed without some of its splits."""
-    try:
-        return env.size(split) != 0
-    except WorldError as error:
-        if not isinstance(error.__cause__, ValueError):
-            raise
-        return False
 
 
 def first_tasks(env: Env, name: str, split: str, number: int) -> list[Task]:
@@ -237,7 +226,7 @@ def parse_eval_config(argv: Sequence[str] | None = None) -> EvalConfig:
             if name not in given and defaults.setdefault(name, value) != value:
                 fail(f"the two players were trained with {name} {defaults[name]} and {value}; say --{name}")
     config = parse_config(EvalConfig, argv, defaults)
-    try:
+    try:  # those of the player and those that were typed; the parser saw the latter alone
         return replace(config, env_args=defaults.get("env_args", config.env_args))
     except ValueError as error:
         fail(str(error))
@@ -259,7 +248,7 @@ def run(config: EvalConfig, accelerator: Accelerator) -> None:
     names = config.compare or [config.policy]
     players = [name if name in PLAYERS else load_player(name, config, accelerator) for name in names]
     envs = open_envs(config, config.batch_size if set(names) - set(PLAYERS) else 1, config.split)
-    splits = config.split or [split for split in held_out_splits(config.env) if has_tasks(envs[0], split)]
+    splits = config.split or [split for split in held_out_splits(config.env) if envs[0].size(split) != 0]
     tasks = [task for split in splits for task in first_tasks(envs[0], config.env, split, config.tasks)]
     if not tasks:
         raise SystemExit(f"{config.env} has no held-out tasks")

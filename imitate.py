@@ -17,8 +17,6 @@ if __name__ == "__main__":
 
 import hashlib
 import json
-import os
-import shutil
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
@@ -28,6 +26,7 @@ import torch
 import transformers
 from accelerate import Accelerator
 from accelerate.utils import broadcast_object_list
+from filelock import FileLock
 from huggingface_hub import try_to_load_from_cache
 from torch import Tensor
 from torch.nn import functional as F
@@ -110,7 +109,9 @@ def read_config(policy: str) -> PretrainedConfig:
 
 
 def count_parameters(policy: str) -> int:
-    """Parameters of a model, the tiny one at most, counted without loading it. Raises PolicyError as `read_config`."""
+    """Parameters of a model (of the tiny one, the most that it can have), counted without loading it.
+
+    Raises PolicyError as `read_config` does."""
     with refused(f"no policy at {policy!r}"):
         return empty_model(read_config(policy)).num_parameters()
 
@@ -223,20 +224,12 @@ def warm_start(definition: dict, make: Callable[[], Policy], cache: Path) -> Pat
     versions = [module.__version__ for module in (torch, transformers, tokenizers)]
     name = json.dumps([definition, versions], sort_keys=True)
     folder = cache / hashlib.sha256(name.encode()).hexdigest()[:16]
-    if not is_whole(folder):
-        if folder.exists():
-            tqdm.write(f"{folder} is damaged; making this warm start anew")
-        policy = make()
-        aside = folder.with_name(f".{folder.name}.{os.getpid()}")  # another run may build the same policy meanwhile
-        write_folder(aside, policy.save, {})
+    cache.mkdir(parents=True, exist_ok=True)
+    with FileLock(cache / f".{folder.name}.lock"):  # another run that needs the same one waits for it
         if not is_whole(folder):
-            shutil.rmtree(folder, ignore_errors=True)
-        try:
-            os.replace(aside, folder)
-        except OSError:  # the other run was first: a folder that is not empty cannot be replaced
-            shutil.rmtree(aside)
-            if not folder.exists():
-                raise
+            if folder.exists():
+                tqdm.write(f"{folder} is damaged; making this warm start anew")
+            write_folder(folder, make().save, {})
     return folder
 
 

@@ -268,7 +268,13 @@ def load_policy(path: str) -> Policy:
         # family. A tiny Qwen2 with a tokenizer of its own then reads ids that it was never trained on.
         tokenizer = PreTrainedTokenizerFast.from_pretrained(path, trust_remote_code=False)
         model = AutoModelForCausalLM.from_pretrained(path, config=config, dtype=torch.float32, trust_remote_code=False)
-        require_vocabulary(model.config, tokenizer)
+        # A model may have more ids than the tokenizer: Qwen2.5's are padded to 151,936. The policy can sample such an
+        # id, and then it is trained like any other; as text it is empty.
+        largest, vocabulary = max(tokenizer.get_vocab().values()), config.get_text_config().vocab_size
+        if largest >= vocabulary:
+            raise ValueError(
+                f"the tokenizer's ids go up to {largest}, but the model's vocabulary has {vocabulary} only"
+            )
         return Policy(model, tokenizer)
 
 
@@ -282,24 +288,13 @@ def load_config(path: str) -> PretrainedConfig:
         raise ValueError("it holds an adapter, which names another model; merge the two first")
     config = AutoConfig.from_pretrained(path, trust_remote_code=False)  # None would ask on the terminal
     parts = [config]
-    for part in parts:
+    for part in parts:  # and of each part its own parts
         parts += [own for name in part.sub_configs if isinstance(own := getattr(part, name, None), PretrainedConfig)]
         for kind in ("attn", "experts"):
             implementation = getattr(part, f"_{kind}_implementation", None)
             if implementation not in PLAIN:
                 raise ValueError(f"its configuration asks for {implementation!r}, which may be code from the hub")
     return config
-
-
-def require_vocabulary(config, tokenizer: PreTrainedTokenizerFast) -> None:
-    """Raises ValueError if the tokenizer has ids that the model does not know.
-
-    A model may have more ids than the tokenizer: Qwen2.5's vocabulary is padded to 151,936. The policy can sample such
-    an id, and then it is trained like any other; as text it is empty.
-    """
-    largest, vocabulary = max(tokenizer.get_vocab().values()), config.get_text_config().vocab_size
-    if largest >= vocabulary:
-        raise ValueError(f"the tokenizer's ids go up to {largest}, but the model's vocabulary has {vocabulary} only")
 
 
 def require_context(config: PretrainedConfig, max_tokens: int) -> None:

@@ -7,7 +7,7 @@ through the model once, and a prompt that several episodes share goes through it
 A response is sampled at temperature T over the full vocabulary (no top-k, no top-p). Its log-probabilities and
 entropies come from the same logits that it was sampled from. The random number of a token depends on the episode's seed
 and on the token's place in the episode, and on nothing else. So an episode is the same in whatever batch, on whatever
-rank and with whatever limits it is played.
+rank and with whatever limits that it does not reach.
 """
 
 import random

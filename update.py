@@ -94,7 +94,7 @@ def update(config: TrainConfig, learner: Learner, batch: Batch, advantage: Tenso
 
         # 6 clip and step
         grad_norm = to_float(accelerator.clip_grad_norm_(learner.model.parameters(), MAX_GRAD_NORM))
-        # The scaler of fp16 leaves out a step that overflows, and halves its scale.
+        # The scaler of fp16 leaves out a step that overflows, and halves its scale. Below 1 that has not helped.
         if accelerator.scaler is None or math.isfinite(grad_norm) or accelerator.scaler.get_scale() < 1:
             sums["grad_norm"] += require_finite(grad_norm, [batch.episodes[row] for row in rows])
         learner.optimizer.step()

@@ -144,7 +144,7 @@ def test_episodes_that_an_environment_aborted_are_counted_and_not_imitated(run, 
     every = 1
     with pytest.raises(SystemExit, match=r"^demonstrations: an episode was aborted: coin\.step: ConnectionError: gone"):
         run(demonstrations=7, cache=str(tmp_path / "empty"))
-    assert not list((tmp_path / "empty").iterdir())
+    assert not list((tmp_path / "empty").glob("[!.]*"))
 
 
 @pytest.fixture

@@ -10,9 +10,7 @@ Differences from ALFWorld's loader:
 - The action `help` is not admissible.
 - Every observation ends with the task (setting `restate_task`). A very small model then need not remember it.
 
-To play: pip install --no-deps -r requirements-alfworld.txt, then `alfworld-download` or
-`python -m worlds.alfworld_games --out DIR --split train --games 100`, and
---env alfworld --env_args data=DIR.
+docs/worlds.md says how to install the engine and games.
 """
 
 import functools
@@ -27,7 +25,7 @@ from pathlib import Path
 
 from tqdm import tqdm
 
-from worlds.house import APPLIANCES, RESULT, TASK_TYPES, TREATMENT, kind_of, require_task_types
+from worlds.house import APPLIANCES, NOTHING, RESULT, TASK_TYPES, TREATMENT, kind_of, require_task_types
 
 SPLITS = ("train", "valid_seen", "valid_unseen")  # the rooms of valid_unseen are in no other split
 LAYOUT = "json_2.1.1"  # the published data's folder, named after its version
@@ -162,26 +160,25 @@ def put_template(path: Path) -> str:
 
 
 class AlfWorld:
-    """One game at a time, with gymnasium's reset and step. Observations and actions are text.
+    """One game at a time, see `worlds.contract.Env`. Valid is an action that the engine understood and did.
 
-    `reset(split, seed)` -> observation, info; `step(action)` -> observation, reward, terminated, truncated, info.
-    info["valid"]: the engine understood the action and did it. info["success"]: the task is done.
     Raises ValueError if there are no games, ImportError if the engine is not installed.
     """
 
     def __init__(self, config: AlfWorldConfig | None = None):
         # Imported here, because every other environment must work without the engine's packages.
-        from worlds.alfworld_engine import NOTHING, Engine
+        from worlds.alfworld_engine import Engine
 
-        self.config, self._nothing = config or AlfWorldConfig(), NOTHING
+        self.config = config or AlfWorldConfig()
         self._root = data_folder(self.config.data)
         self._put = put_template(next(self._root.rglob("game.tw-pddl")))
         self.instructions = INSTRUCTIONS.format(put=self._put.format(o="O", r="R"))
         self._engine = Engine()
 
     def size(self, split: str) -> int:
-        """Number of games in the split. Raises ValueError for an empty split."""
-        return len(find_games(self._root, split, self.config.task_types))
+        """Number of games, 0 without the split's folder. Raises ValueError if no game is playable or one is broken."""
+        there = (self._root / split).is_dir()
+        return len(find_games(self._root, split, self.config.task_types)) if there else 0
 
     def reset(self, split: str, seed: int) -> tuple[str, dict]:
         """Start game number `seed` of the split. Raises ValueError if it is broken."""
@@ -192,15 +189,12 @@ class AlfWorld:
         return intro + self._task, {"task_type": self.game.task_type, "success": False}
 
     def step(self, action: str) -> tuple[str, float, bool, bool, dict]:
-        """Do one action. The reward is 1.0 in the step that completes the task, else 0.0.
-
-        Raises alfworld_engine.EngineError if the engine fails. The environment can be reset after that.
-        """
+        """Raises alfworld_engine.EngineError if the engine fails. The environment can be reset after that."""
         action = action.lower()
         reply, success = self._engine.step(action)
         self._actions.append(action)
         truncated = not success and len(self._actions) >= self.config.max_steps
-        info = {"valid": reply != self._nothing, "task_type": self.game.task_type, "success": success}
+        info = {"valid": reply != NOTHING, "task_type": self.game.task_type, "success": success}
         observation = reply + self._task if self.config.restate_task else reply
         return observation, float(success), success, truncated, info
 

@@ -37,7 +37,7 @@ except ImportError as error:
     ) from error
 
 from worlds.alfworld_engine import Engine, EngineError
-from worlds.alfworld_env import LAYOUT, SPLITS
+from worlds.alfworld_env import LAYOUT
 from worlds.house import TASK_TYPES, TREATMENT
 
 PLANS = Path(alfworld.gen.__path__[0]) / "layouts"
@@ -67,8 +67,6 @@ class GamesConfig:
     objects: int = field(default=18, metadata={"help": "largest number in a room"})
 
     def __post_init__(self):
-        if self.split not in SPLITS:
-            raise ValueError(f"split must be one of {', '.join(SPLITS)}, got {self.split!r}")
         if self.games < 1:
             raise ValueError(f"games must be at least 1, got {self.games}")
         if self.receptacles < 5:

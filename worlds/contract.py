@@ -21,7 +21,7 @@ class Env(Protocol):
     instructions: str  # the system turn of the prompt
 
     def size(self, split: str) -> int | None:
-        """Number of tasks in the split; None if it has one for every seed. Raises ValueError if it is not installed."""
+        """Number of tasks in the split, 0 if it is not installed; None if it has one for every seed."""
 
     def reset(self, split: str, seed: int) -> tuple[str, dict]:
         """Start task number `seed` of the split: first observation, info with "task_type" and "success".

@@ -123,11 +123,7 @@ def listing(names: list[str]) -> str:
 
 
 class House:
-    """One task at a time, with gymnasium's reset and step. Observations and actions are text.
-
-    `reset(split, seed)` -> observation, info; `step(action)` -> observation, reward, terminated, truncated, info.
-    info["valid"]: the world understood the action and did it. info["success"]: the task is done.
-    """
+    """One task at a time, see `worlds.contract.Env`. Valid is an action that the world understood and did."""
 
     instructions = INSTRUCTIONS
 
@@ -140,11 +136,8 @@ class House:
         """None: there is a task for every seed."""
 
     def reset(self, split: str, seed: int) -> tuple[str, dict]:
-        """Start task number `seed` of a split.
-
-        The hash of a task decides which split it belongs to, so no train task is also an eval task. Tasks are drawn
-        until one belongs to `split`.
-        """
+        """The hash of a task decides which split it belongs to, so no train task is also an eval task. Tasks are drawn
+        until one belongs to `split`."""
         for attempt in count():
             self._build(random.Random(f"{split}/{seed}/{attempt}"))  # a str seed draws the same on every machine
             digest = int.from_bytes(hashlib.sha256(self.fingerprint().encode()).digest()[:8], "big")
@@ -177,7 +170,7 @@ class House:
         self.receptacles = [*surfaces, *hiding, *map(named, appliances)]
         rng.shuffle(self.receptacles)
 
-        self.goal = self._draw_goal(rng, self.receptacles)
+        self.goal = self._draw_goal(rng)
         storage = [r for r in surfaces + hiding if kind_of(r) != self.goal.receptacle]
         others = [kind for kind in OBJECTS if kind != self.goal.kind]
         kinds = [self.goal.kind] * self.goal.number
@@ -189,14 +182,14 @@ class House:
         wanted = [thing for thing in self.place if kind_of(thing) == self.goal.kind]
         self.note = ", ".join(f"{thing} is at {self.place[thing]}" for thing in wanted)
 
-    def _draw_goal(self, rng: random.Random, receptacles: list[str]) -> Goal:
+    def _draw_goal(self, rng: random.Random) -> Goal:
         task_type = rng.choice(self.config.task_types)
         treatment = TREATMENT.get(task_type)
         kind = rng.choice([kind for kind, verbs in OBJECTS.items() if treatment is None or treatment in verbs])
         if task_type == "look_at_obj_in_light":
             return Goal(task_type, kind, "desklamp")
         # Nothing is stored in a sink, or in the appliance that treats it.
-        kinds = sorted({kind_of(r) for r in receptacles} - {"sinkbasin", APPLIANCES.get(treatment)})
+        kinds = sorted({kind_of(r) for r in self.receptacles} - {"sinkbasin", APPLIANCES.get(treatment)})
         return Goal(task_type, kind, rng.choice(kinds))
 
     def fingerprint(self) -> str:
@@ -206,7 +199,6 @@ class House:
     # ------------------------------------------------------------------------------------------------- acting
 
     def step(self, action: str) -> tuple[str, float, bool, bool, dict]:
-        """Do one action. The reward is 1.0 in the step that completes the task, else 0.0."""
         reply = self._act(action)
         self.steps += 1
         success = self._done()

@@ -53,10 +53,7 @@ def load_questions(source: str) -> tuple[list[Question], list[Passage]]:
         text = record.get("question")
         if not isinstance(text, str) or not text.strip():
             raise ValueError(f'{where}: no text in "question"')
-        try:
-            answers = _answers(record)
-        except TypeError as error:
-            raise ValueError(f"{where}: {error}") from None
+        answers = _answers(record, where)
         try:
             context = {passage.contents: passage for passage in _context(record)}
         except (AttributeError, KeyError, TypeError, ValueError):
@@ -79,12 +76,12 @@ def load_questions(source: str) -> tuple[list[Question], list[Passage]]:
     return questions, list(passages.values())
 
 
-def _answers(record: dict) -> tuple[str, ...]:
-    """The answers, without those that normalise to "". Raises TypeError for one that is neither text nor number."""
+def _answers(record: dict, where: str) -> tuple[str, ...]:
+    """The answers, without those that normalise to "". Raises ValueError for one that is neither text nor number."""
     given = record.get("golden_answers") or record.get("answer")
     answers = [answer for answer in (given if isinstance(given, list) else [given]) if answer is not None]
     if wrong := [answer for answer in answers if isinstance(answer, bool) or not isinstance(answer, str | int | float)]:
-        raise TypeError(f"{wrong[0]!r} is not an answer")
+        raise ValueError(f"{where}: {wrong[0]!r} is not an answer")
     return tuple(encodable(str(answer)) for answer in answers if normalize(str(answer)))
 
 

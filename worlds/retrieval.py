@@ -1,7 +1,7 @@
 """Retrieval: BM25 over passages, and both ends of Search-R1's HTTP protocol.
 
 A retriever is a function (query, topk) -> hits, best first. `Bm25(passages)` searches in this process.
-`HttpRetriever(url)` asks a server. `server(retrieve, ...)` makes any retriever such a server:
+`HttpRetriever(url)` asks a server. `Server(retrieve, ...)` makes any retriever such a server:
 
     POST /retrieve  {"queries": ["Bo Lin mayor"], "topk": 3, "return_scores": true}
     200             {"result": [[{"document": {"id": "7", "contents": "\\"Bo Lin\\"\\nBo Lin's ..."}, "score": 5.2}]]}
@@ -294,15 +294,11 @@ class Handler(BaseHTTPRequestHandler):
 
 
 class Server(ThreadingHTTPServer):
-    """Listens, and starts a thread for each connection."""
+    """Ready for `serve_forever`; starts a thread for each connection. Port 0 takes any free one. Raises OSError if the
+    port is taken."""
 
     request_queue_size = BACKLOG
 
-    def __init__(self, retrieve: Retriever, address: tuple[str, int]):
-        super().__init__(address, Handler)
+    def __init__(self, retrieve: Retriever, host: str, port: int):
+        super().__init__((host, port), Handler)
         self.retrieve = retrieve
-
-
-def server(retrieve: Retriever, host: str, port: int) -> ThreadingHTTPServer:
-    """A server that is ready for `serve_forever`. Port 0 takes any free one. Raises OSError if the port is taken."""
-    return Server(retrieve, (host, port))

@@ -22,7 +22,7 @@ from dataclasses import dataclass, field
 from functools import lru_cache
 
 from worlds.questions import encodable, load_questions, normalize, split_of
-from worlds.retrieval import Bm25, HttpRetriever, Retriever, RetrieverError, load_corpus, server
+from worlds.retrieval import Bm25, HttpRetriever, Retriever, RetrieverError, Server, load_corpus
 from worlds.search_world import SYLLABLES, Question, build_world
 
 NOTHING = "Nothing happens."
@@ -143,7 +143,6 @@ class Search:
         return len(self.library.questions.get(split, ()))
 
     def reset(self, split: str, seed: int) -> tuple[str, dict]:
-        """Ask question number `seed` of the split."""
         self.question = self.library.questions[split][seed]
         self.steps, self.seen = 0, [self.question.text]
         return self._with_question(""), {"task_type": self.question.task_type, "success": False, "f1": 0.0}
@@ -209,7 +208,7 @@ class CommandConfig:
 def serve(command: CommandConfig, config: SearchConfig) -> None:
     """Serve the passages of the configuration until interrupted."""
     retrieve = Bm25(load_corpus(config.corpus)) if config.corpus else open_library(config).retrieve
-    with server(retrieve, command.host, command.port) as http:
+    with Server(retrieve, command.host, command.port) as http:
         print(f"serving at http://{command.host}:{http.server_port}/retrieve, Ctrl-C to stop", flush=True)
         http.serve_forever()
 

@@ -8,8 +8,7 @@ brings a made-up catalogue. With `--env_args data=DIR` it sells the products in 
 The reward is 1 if the purchase scores a full 1.0, else 0. It comes once, at the end. info["score"] is WebShop's reward.
 
 Differences from WebShop:
-- WebShop finds the nouns of a title with a spaCy model. Here they are all words but stop words; `Catalogue(nouns=...)`
-  takes another rule.
+- WebShop finds the nouns of a title with a spaCy model. Here they are all words but stop words.
 - The search shortcuts <r>, <a>, <c> and <q> are refused. Two of them crash WebShop.
 - WebShop looks for the names of its pages in the address of the page, which holds the search and the options. If those
   contain `search_results` or `item_page`, its `< Prev` leads to a wrong page. Here it always leads one page back.
@@ -22,18 +21,9 @@ from collections.abc import Iterable
 from functools import cache
 
 from worlds.shop_data import Goal, Product, generate, load_files, parse
-from worlds.shop_reward import Nouns, choose_options, score, title_words
+from worlds.shop_reward import choose_options, score
 from worlds.shop_search import Index
-from worlds.webshop import (
-    Customer,
-    ShopConfig,
-    WebShopAdapter,
-    does_something,
-    goal_number,
-    offered,
-    parse_action,
-    search_text,
-)
+from worlds.webshop import Customer, ShopConfig, WebShopAdapter, does_something, offered, parse_action, search_text
 
 SEP = " [SEP] "
 PER_PAGE, MAX_RESULTS = 10, 50
@@ -47,14 +37,11 @@ def make_webshop(config: ShopConfig) -> "Shop | WebShopAdapter":
 
 
 class Catalogue:
-    """Products and goals, with WebShop's search and reward. All environments share one.
+    """Products and goals, with WebShop's search and reward. All environments share one."""
 
-    nouns: the nouns of a title, in lower case.
-    """
-
-    def __init__(self, products: list[Product], goals: list[Goal], nouns: Nouns = title_words):
+    def __init__(self, products: list[Product], goals: list[Goal]):
         self.products = {product.asin: product for product in products if product.sold}
-        self.goals, self.nouns = goals, nouns
+        self.goals = goals
         in_order = sorted(products, key=lambda product: product.asin)  # of equal scores, the smaller id comes first
         self._index = Index((product.asin, product.document()) for product in in_order)
 
@@ -64,7 +51,7 @@ class Catalogue:
 
     def score(self, product: Product, goal: Goal, chosen: dict[str, str]) -> float:
         """WebShop's reward in [0, 1] for buying a product with the chosen options (name -> value)."""
-        return score(product, self.products[goal.asin], goal, chosen, self.nouns)
+        return score(product, self.products[goal.asin], goal, chosen)
 
 
 @cache
@@ -98,8 +85,7 @@ class Shop(Customer):
         self.goals = self.catalogue.goals
 
     def reset(self, split: str, seed: int) -> tuple[str, dict]:
-        """Start task number `seed` of a split."""
-        self.goal = self.goals[goal_number(len(self.goals), split, seed)]
+        self.goal = self.goals[self.goal_numbers(split)[seed]]
         self.task_type, self.steps, self.score = self.catalogue.products[self.goal.asin].category, 0, 0.0
         self._fitting: dict[str, dict[str, str] | None] = {}  # the oracle's memory: what `_fit` returned
         self._words = ""  # and its search

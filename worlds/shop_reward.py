@@ -7,7 +7,7 @@ if a chosen value is close to it. `alike` decides what is close.
 """
 
 import re
-from collections.abc import Callable, Iterable
+from collections.abc import Iterable
 from functools import lru_cache
 
 from worlds.shop_data import PATH_MARK, Goal, Product
@@ -68,10 +68,7 @@ def choose_options(options: dict[str, Iterable[str]], wanted: Iterable[str | tup
     return chosen
 
 
-Nouns = Callable[[str], Iterable[str]]  # title -> its nouns, in lower case
-
-
-def score(bought: Product, target: Product, goal: Goal, chosen: dict[str, str], nouns: Nouns = title_words) -> float:
+def score(bought: Product, target: Product, goal: Goal, chosen: dict[str, str]) -> float:
     """The reward for buying a product with the chosen options (name -> value). target: the product of the goal."""
     texts = [bought.title.lower(), " ".join(bought.bullets).lower(), bought.description.lower()]
     matched = sum(
@@ -81,12 +78,12 @@ def score(bought: Product, target: Product, goal: Goal, chosen: dict[str, str], 
     values = [option_core(value) for value in chosen.values()]
     matched += sum(any(alike(value, option_core(wanted)) for value in values) for wanted in goal.options)
     matched += bought.price <= goal.price_limit
-    return matched / (len(goal.attributes) + len(goal.options) + 1) * type_factor(bought, target, nouns)
+    return matched / (len(goal.attributes) + len(goal.options) + 1) * type_factor(bought, target)
 
 
-def type_factor(bought: Product, target: Product, nouns: Nouns = title_words) -> float:
+def type_factor(bought: Product, target: Product) -> float:
     """1.0 for the same type of product; 0.5, 0.1 or 0.0 for another type."""
-    wanted, found = list(nouns(target.title)), set(nouns(bought.title))
+    wanted, found = title_words(target.title), set(title_words(bought.title))
     overlap = len(set(wanted) & found) / len(wanted) if wanted else 0.2
     if overlap < 0.1:
         return 0.1 if overlap else 0.0

@@ -54,13 +54,6 @@ def split_range(goals: int, split: str) -> range:
     return {"test": range(test), "eval": range(test, evaluation), "train": range(evaluation, goals)}[split]
 
 
-def goal_number(goals: int, split: str, seed: int) -> int:
-    """Number of the goal that is task number `seed` of the split."""
-    return int(
-        split_range(goals, split)[seed]
-    )  # WebShop picks a random goal for any other type, numpy's integers included
-
-
 # -------------------------------------------------------------------------------------------------------- actions
 
 
@@ -108,16 +101,15 @@ class Customer:
     def __init__(self, config: ShopConfig):
         self.config = config
 
+    def goal_numbers(self, split: str) -> range:
+        """Numbers of the split's goals. They are ints: WebShop picks a random goal for numpy's integers."""
+        return split_range(len(self.goals), split)
+
     def size(self, split: str) -> int:
-        """Number of tasks in the split."""
-        return len(split_range(len(self.goals), split))
+        return len(self.goal_numbers(split))
 
     def step(self, action: str) -> tuple[str, float, bool, bool, dict]:
-        """Do one action; an invalid one changes nothing. Returns observation, reward, terminated, truncated, info.
-
-        The reward is 1.0 for the step that buys exactly what is wanted, else 0.0. info["valid"]: the action did
-        something. info["success"]: the purchase scored 1. info["score"]: its score. info["task_type"]: the category.
-        """
+        """An invalid action changes nothing. info["score"] is WebShop's; 1.0, exactly what is wanted, is a success."""
         action = action.lower()
         valid = not self.terminated and does_something(action, self.clickables())
         if valid:
@@ -205,8 +197,7 @@ class WebShopAdapter(Customer):
             self.env = engine(server=self.server, session_prefix=prefix, **settings)
 
     def reset(self, split: str, seed: int) -> tuple[str, dict]:
-        """Start task number `seed` of a split."""
-        number = goal_number(len(self.goals), split, seed)
+        number = self.goal_numbers(split)[seed]
         self.server.user_sessions.pop(self.env.session, None)  # the last episode's, no longer needed
         self.goal, self.steps, self.score, self.terminated = self.goals[number], 0, 0.0, False
         self.task_type = self.goal["category"]

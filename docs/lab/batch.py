@@ -27,6 +27,7 @@ def report(config: TrainConfig) -> dict:
     records = [json.loads(line) for line in kept[-1].read_bytes().splitlines()]
     batch = collate(load_episodes(kept[-1]))
     entropy, valid = step_entropy(batch.token_entropy, batch.step_ids)  # (B, S)
+    valid = valid & batch.keep[:, None]
     now = assign_credit(config, batch, score(config, batch), entropy, valid)
     advantage, g = now.advantage, now.g[valid]  # (B, S), (steps of the batch,)
     then = pad_sequence([torch.tensor(record["modulation"]["advantage"]) for record in records], batch_first=True)

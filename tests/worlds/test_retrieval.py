@@ -90,7 +90,7 @@ def ask(url, content, path="/retrieve", **headers):
 def test_server_speaks_both_dialects_and_the_client_one_of_them():
     retrieve = Bm25([Passage("7", "bo lin"), Passage("8", "bo"), Passage("9", "ka")])
     document = [{"id": "7", "contents": "bo lin"}, {"id": "8", "contents": "bo"}]
-    with running(retrieval.server(retrieve, "127.0.0.1", 0)) as url:
+    with running(retrieval.Server(retrieve, "127.0.0.1", 0)) as url:
         status, answer = ask(url, {"queries": ["lin", "", "bo"], "topk": 1, "return_scores": True})
         assert status == 200
         assert [[hit["document"] for hit in hits] for hits in answer["result"]] == [[document[0]], [], [document[1]]]
@@ -117,7 +117,7 @@ def test_server_speaks_both_dialects_and_the_client_one_of_them():
     ],
 )
 def test_server_refuses_nonsense_and_keeps_serving(content, message):
-    with running(retrieval.server(Bm25([Passage("0", "bo")] * 1000), "127.0.0.1", 0)) as url:
+    with running(retrieval.Server(Bm25([Passage("0", "bo")] * 1000), "127.0.0.1", 0)) as url:
         status, answer = ask(url, content)
         assert (status, list(answer)) == (400, ["error"])
         assert message in answer["error"]
@@ -129,7 +129,7 @@ def test_server_refuses_nonsense_and_keeps_serving(content, message):
 
 def test_200_clients_may_knock_at_once():
     """Python's backlog is 5. The other clients were reset or left waiting."""
-    with retrieval.server(Bm25([Passage("0", "bo")]), "127.0.0.1", 0) as http, ExitStack() as clients:
+    with retrieval.Server(Bm25([Passage("0", "bo")]), "127.0.0.1", 0) as http, ExitStack() as clients:
         for _ in range(200):  # the server does not serve yet; a connection beyond the backlog times out
             clients.enter_context(socket.create_connection(http.server_address, timeout=1))
 
