@@ -441,6 +441,9 @@ def test_the_story_of_the_results_is_that_of_the_rows():
     assert f"p = {p:.4f}, and {10 * p:.3f} after" in text
     p = stats.ttest_1samp(Study([row for row in weak if row["seed"] < 10]).gains("grpo_empg", "grpo"), 0).pvalue
     assert f"p = {p:.3f} becomes {10 * p:.2f} after" in text
+    gain = Study(read_rows("house_weak_confirmation")).difference("grpo_empg", "grpo")
+    assert f"EMPG gains {100 * gain.mean:.1f} points" in text
+    assert (gain.seeds, gain.low > 0) == (26, True)  # "the confirmation found the gain"
 
     policies = read_credit()
     g = [row["credit"]["grpo_scaling"]["pearson_gain"] for row in policies]
