@@ -151,9 +151,10 @@ def run_row(world: str, method: str, seed: int, out: str) -> dict:
         train(config, credit_of(method))
         trained = time.perf_counter()
         measured = measure(config, TASKS[world])
-    metrics, timings = (read_metrics(run / f"{name}.jsonl") for name in ("metrics", "timings"))
+    metrics = read_metrics(run / "metrics.jsonl")
     if [row["iteration"] for row in metrics] != list(range(config.iterations + 1)):
         raise ValueError(f"{run / 'metrics.jsonl'} has not the iterations 0 to {config.iterations}, each once")
+    timings = read_metrics(run / "timings.jsonl")[1:]
     return rounded(
         {
             "world": world,
@@ -164,7 +165,7 @@ def run_row(world: str, method: str, seed: int, out: str) -> dict:
             "train": shlex.join(["train.py", *flags[:-2]]),
             "machine": machine(),
             "seconds": {"train": trained - started, "measure": time.perf_counter() - trained}
-            | {part: [row.get(part, 0.0) for row in timings[1:]] for part in ("sample", "learn", "capture")},
+            | {part: [row.get(part, 0.0) for row in timings] for part in ("sample", "learn", "capture")},
             # success of all episodes sampled in an iteration, on training tasks; in House every task is new
             "curve": [row["group/success"] for row in metrics if "group/success" in row],
             "entropy": [row["entropy/mean"] for row in metrics if "entropy/mean" in row],
