@@ -296,7 +296,12 @@ def test_a_preset_fits_its_gpus_and_has_the_published_settings(world, model, pol
     described.save_pretrained(tmp_path)
     empty = empty_model(described)  # once for all methods
     monkeypatch.setattr(cost, "empty_model", lambda _: empty)
-    assert parse_config(TrainConfig, preset(world, model).stdout.split()).policy == policy
+    published = parse_config(TrainConfig, preset(world, model).stdout.split())
+    assert published.policy == policy
+    parts = cost.memory(published, cost.shape_of(empty), ranks, 2)
+    sums = [sum(terms.values()) for terms in parts.values()] + [cost.at_most(published, parts)]
+    row = " | ".join([f"{world} {model}", str(ranks), *(f"{size / 1e9:.1f}" for size in sums)])
+    assert f"\n| {row} |\n" in (ROOT / "docs/scaling.md").read_text(encoding="utf-8")
     for method, flags in METHODS.items():
         config = parse_config(TrainConfig, preset(world, model, *flags, POLICY=str(tmp_path)).stdout.split())
         assert "fits" in cost.dry_run(config, ranks, 141 if model == "qwen32b" else 80, "bf16")
