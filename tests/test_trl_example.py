@@ -25,10 +25,21 @@ from worlds.house import HouseConfig
 
 pytest.importorskip("trl", reason="pip install -r requirements-trl.txt")
 
+from accelerate.state import AcceleratorState, PartialState
 from datasets import Dataset
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from examples import empg_trainer, trl_house
+
+
+@pytest.fixture(autouse=True, scope="module")
+def state_of_its_own():
+    """A trainer of TRL is in bf16 unless it is told otherwise. Accelerate would keep that for the tests after these."""
+    with pytest.MonkeyPatch.context() as patch:
+        for state in (AcceleratorState, PartialState):
+            patch.setattr(state, "_shared_state", {})
+        yield
+
 
 EMPG, NO_EMPG = {"k": 1.0, "k_future": 0.5, "zeta": 0.1}, {"k": 0.0, "k_future": 1.0, "zeta": 0.0}
 METRICS = ["entropy/mean", "entropy/min", "entropy/max", "empg/g_min", "empg/g_max", "empg/f_mean"]
