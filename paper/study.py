@@ -55,7 +55,7 @@ GAMES = {"train": 500, "valid_seen": 300, "valid_unseen": 300}
 TASKS = dict.fromkeys(WORLDS, 1000) | {"house_llm": 500, "house_llm_small": 8}
 JOBS_OF_A_GPU = 3
 CONTINUATIONS = 4  # of the ceiling, from before every step
-# Since commit b8f6b1c. Rows without these words have other ones, but for that of house_llm_small.
+# Since commit b8f6b1c. Rows without these words have other ones.
 STREAMS = "random numbers 2"
 
 
