@@ -3,6 +3,7 @@
 import json
 import os
 import shutil
+import signal
 import sys
 import time
 from collections.abc import Callable
@@ -28,6 +29,8 @@ from imitate import Imitation, dialogue, imitate
 from policy import Dialogue, Policy
 from rollout import play_scripted, rollout
 from tiny import TinyConfig, tiny_policy
+
+signal.signal(signal.SIGHUP, signal.SIG_DFL)  # under nohup it is ignored, and runs that tests start would inherit that
 
 ROOT = Path(__file__).parents[1]
 ALFWORLD_INSTALL = "pip install --no-deps -r requirements-alfworld.txt"
