@@ -171,6 +171,11 @@ def no_precision_yet(monkeypatch):
 # ---------------------------------------------------------------------------------------------------------- helpers
 
 
+def without_locks(cache: Path) -> list[Path]:
+    """What is in a cache of warm starts beside the files that lock it."""
+    return [path for path in cache.iterdir() if path.suffix != ".lock"]
+
+
 def flags_of(settings: dict) -> list[str]:
     """The settings as flags of a command."""
     return [text for name, value in settings.items() for text in (f"--{name}", str(value))]

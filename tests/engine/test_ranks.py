@@ -14,7 +14,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 from accelerate.state import AcceleratorState
-from conftest import SMALL, flags_of, rows, same_metrics, same_weights
+from conftest import SMALL, flags_of, rows, same_metrics, same_weights, without_locks
 from torch.distributed.fsdp import FSDPModule
 
 import eval as evaluation
@@ -159,7 +159,7 @@ def test_a_run_killed_at_random_moments_comes_out_the_same(whole, cache, tmp_pat
     (tmp_path / "warm_starts").symlink_to(cache)  # `whole` has put the same imitation there
     assert soak.soak(kills=3, ranks=1, seed=0, extra=["--iterations", "4"], folder=tmp_path) == 0
     last = capsys.readouterr().out.splitlines()[-1]
-    assert re.fullmatch(r"3 kills in \d runs: metrics, weights and optimizer equal to .*, bit for bit", last)
+    assert re.fullmatch(r"3 kills in [123] runs: metrics, weights and optimizer equal to .*, bit for bit", last)
 
 
 def test_a_policy_imitates_once_however_many_processes_there_are(one, several, tmp_path, monkeypatch, capsys):
@@ -167,7 +167,7 @@ def test_a_policy_imitates_once_however_many_processes_there_are(one, several, t
     flags = flags_of(IMITATION | {"policy": one / "best", "cache": tmp_path})
     monkeypatch.setattr(sys, "argv", ["imitate.py", *flags])
     imitate.main()
-    (folder,) = tmp_path.glob("[!.]*")
+    (folder,) = without_locks(tmp_path)
     assert capsys.readouterr().out.splitlines()[-1] == str(folder)
     (log,) = [path for path in several.glob("?.txt") if str(several / "imitated") in path.read_text()]
     assert log.read_text().count(str(several / "imitated" / folder.name)) == 1

@@ -78,8 +78,9 @@ def test_a_row_comes_out_the_same_again(coin, tmp_path):
     rows = [study.run_row("coin", "grpo_empg", 3, str(tmp_path / name)) for name in ("a", "b")]
     changing = [{name: row.pop(name) for name in ("seconds",)} for row in rows]
     assert rows[0] == rows[1]
-    of_iterations = [[len(part["seconds"][name]) for name in ("sample", "learn", "capture")] for part in changing]
-    assert of_iterations == [[2, 2, 2]] * len(rows)
+    parts = ("sample", "learn", "capture")
+    assert all(set(part["seconds"]) == {"train", "measure", *parts} for part in changing)
+    assert [[len(part["seconds"][name]) for name in parts] for part in changing] == [[2, 2, 2]] * len(rows)
     (row, _) = rows
     assert len(row["curve"]) == len(row["entropy"]) == 2
     assert row["episodes"] == 24
